@@ -109,6 +109,18 @@ def test_what_cannot_be_reproduced_is_refused(folder: Path, damage: Callable[[Pa
         layout_beside(folder)
 
 
+def test_other_ids_of_a_conversation_with_functions_are_refused(folder: Path) -> None:
+    contract = read_contract(folder)
+    assert contract is not None
+    assert contract.golden_tools is not None
+    ids = contract.golden_tools.ids
+    changed = contract.golden_tools.model_copy(update={"ids": (*ids[:-1], ids[-1] + 1)})
+    layout_under(contract, Tokenizer(folder))
+    with pytest.raises(ContractError, match="a conversation with functions gets other token ids"):
+        layout_under(contract.model_copy(update={"golden_tools": changed}), Tokenizer(folder))
+    layout_under(contract.model_copy(update={"golden_tools": None}), Tokenizer(folder))  # an older contract's
+
+
 def test_a_bare_model_takes_the_contract_it_is_given(folder: Path) -> None:
     contract = read_contract(folder)
     (folder / "apprentice.json").unlink()

@@ -136,6 +136,13 @@ def test_replies_that_differ_from_the_template(text: str, content: str, calls: l
         assert joined(in_pieces(HERMES, text, size)) == (content, "", calls)
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\\q", "a\\u12"])
+def test_a_name_that_is_no_json_makes_no_call(name: str) -> None:
+    text = f'<tool_call>\n{{"name": "{name}", "arguments": {{}}}}\n</tool_call>'
+    reply = parse_reply(ReplySyntax(OWN_CALLS), text, TOOLS)
+    assert (reply.content, reply.tool_calls) == (text, ())
+
+
 def test_arguments_stream_as_they_come_and_content_is_not_kept_back() -> None:
     parser = ReplyParser(HERMES, TOOLS)
     assert parser.feed("Well, ") == [ReplyDelta(content="Well,")]

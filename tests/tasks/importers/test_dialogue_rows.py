@@ -11,6 +11,7 @@ from apprentice.errors import RowError
 from apprentice.tasks.dialogue import Dialogue
 from apprentice.tasks.importers.conversations import ConversationTemplate
 from apprentice.tasks.importers.dialogue_rows import read_dialogue
+from apprentice.tasks.importers.schema_check import fault_in
 
 PARAMETERS = {
     "type": "object",
@@ -103,6 +104,15 @@ def test_the_example_is_scored_by_its_last_turn() -> None:
 def test_a_plain_conversation_is_none_of_these() -> None:
     plain = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<tool_call>"}], "tools": None}
     assert read_dialogue("t", plain) is None
+
+
+def test_other_columns_of_a_plain_conversation_are_not_read_as_calls() -> None:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning."}]
+    assert read_dialogue("t", {"messages": messages, "query": "Hello", "answers": "Good morning."}) is None
+
+
+def test_properties_that_are_no_mapping_do_not_restrict() -> None:
+    assert fault_in({"a": 1}, {"type": "object", "properties": ["a"]}) is None
 
 
 def test_keys_that_a_table_filled_with_nulls_are_left_out() -> None:

@@ -207,7 +207,11 @@ class ReplyParser:
         name, key = re.escape(self._calls.name_key), re.escape(self._calls.arguments_key)
         head = re.match(rf'\s*\{{\s*"{name}"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"{key}"\s*:\s*(?=\{{)', self._buffer)
         if head:
-            return self._begin_call(json.loads(head[1]), head.end())
+            try:
+                called = json.loads(head[1])
+            except ValueError:  # a bare line break, or an escape that JSON has not
+                return self._refuse()
+            return self._begin_call(called, head.end())
         start = self._buffer.lstrip()
         if start and not start.startswith("{"):
             return self._refuse()

@@ -53,7 +53,8 @@ def read_dialogue(task: str, row: Mapping[str, Any]) -> Dialogue | None:
     Raises `RowError` with reason `null`, `unknown_role`, `turns`, `empty_answer`, `tools`, `call_breaks_schema` or
     `result_without_call`.
     """
-    if row.get("query") is not None and row.get("answers") is not None:
+    has_messages = bool(row.get("messages") or row.get("conversations"))
+    if not has_messages and row.get("query") is not None and row.get("answers") is not None:
         turns = [DialogueTurn("user", str(row["query"]).strip()), _call_turn(task, row["answers"])]
         return make_dialogue(task, turns, read_tools(task, row.get("tools")))
     messages = [_without_nulls(message) for message in row.get("messages") or row.get("conversations") or ()]

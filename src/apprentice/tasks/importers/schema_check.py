@@ -42,7 +42,8 @@ def fault_in(value: Any, schema: Any, place: str = "") -> str | None:
 
 def _fault_in_object(value: Mapping[str, Any], schema: Mapping[str, Any], place: str) -> str | None:
     before = f"{place}." if place else ""
-    properties = schema.get("properties") or {}
+    properties = schema.get("properties")
+    properties = properties if isinstance(properties, Mapping) else {}
     if missing := [name for name in schema.get("required") or () if name not in value]:
         return f"{before + missing[0]!r} is missing"
     if properties or schema.get("additionalProperties") is False:
