@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from apprentice.data.corpus import Corpus, make_corpus
-from apprentice.data.encoding.prompt_format import Layout
-from apprentice.data.encoding.tokenize import encode_pairs
+from apprentice.data.encoding.prompt_format import Exemplar, Layout
+from apprentice.data.encoding.tokenize import encode_labelled, encode_pairs, encode_prompts
 from apprentice.data.inspect.packed_rows_html import rows_of
 from apprentice.data.inspect.preview import preview
 from apprentice.data.reference import ReferenceLogProbs
@@ -23,6 +23,7 @@ from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.tasks.schema import Example
+from tests.support.chat_templates import sources, stand_in
 from tests.support.preferences import pairs, write_pairs
 from tests.support.stand_ins import tiny_model_of
 
@@ -205,3 +206,18 @@ def test_an_encoder_decoder_is_refused(objective, tiny_model, tmp_path):
         r" an encoder reads a prompt once for each answer; use a causal model that packs",
     ):
         run_check("model", recipe_of(tmp_path, model, training__objective=objective))
+
+
+def test_dropped_thoughts_are_in_no_answer_that_is_compared(tmp_path):
+    layout = Layout("chat", stand_in("qwen3", sources()["qwen3"].read_text(), tmp_path), reasoning="drop")
+    history = (("Hot?", "<think>a guess</think>No."),)
+    example = Example("t", "p", "Here?", "", "<think>a guess</think>Yes.", (), (), history, rejected="<think>a guess</think>Never.")
+    other = Exemplar("", "", "<think>a guess</think>Cold.")
+    [pair], [labelled] = encode_pairs(layout, [example], 200), encode_labelled(layout, [(example, [other])], 200)
+    [prompt] = encode_prompts(layout, [example], 200)
+    assert pair is not None
+    assert labelled is not None
+    assert prompt is not None
+    assert all("guess" not in layout.tokenizer.decode(one.ids) for one in (*pair.answers, *labelled.answers, prompt))
+    ends = [layout.tokenizer.decode(one.ids[one.prompt_length :]) for one in (*pair.answers, *labelled.answers)]
+    assert [text.split("<")[0].strip() for text in ends] == ["Yes.", "Never.", "Yes.", "Cold."]

@@ -177,6 +177,7 @@ def encode_pairs(layout: Layout, examples: Sequence[Example], max_length: int) -
     Each of the two has at most `max_length` tokens: the prompt is cut to leave room for the longer answer. None for a dropped
     example (see `drop_reason`). Of a conversation only the last answers are compared; earlier turns belong to the prompt.
     """
+    examples = _shown_examples(layout, examples)
     better = layout.encode_answers([example.target for example in examples])
     worse = layout.encode_answers([example.rejected for example in examples])
     end = list(layout.end_ids)
@@ -197,9 +198,10 @@ def encode_labelled(layout: Layout, items: Sequence[tuple[Example, Sequence[Exem
     The exemplar's answer is cut where it is too long, so that it decides on nothing. None for a dropped example (see
     `drop_reason`). Earlier turns of a conversation belong to the prompt.
     """
-    examples = [example for example, _ in items]
+    examples = _shown_examples(layout, [example for example, _ in items])
     answers = layout.encode_answers([example.target for example in examples])
-    others = layout.encode_answers([shots[0].answer if shots else "" for _, shots in items])
+    beside = [shots[0].answer if shots else "" for _, shots in items]
+    others = layout.encode_answers([split_thought(text)[1] for text in beside] if layout.reasoning == "drop" else beside)
     end = list(layout.end_ids)
     rooms = [max_length - len(answer) - len(end) for answer in answers]
     tokenized: list[Tokenized | None] = []
@@ -218,8 +220,13 @@ def encode_labelled(layout: Layout, items: Sequence[tuple[Example, Sequence[Exem
 
 def encode_prompts(layout: Layout, examples: Sequence[Example], max_prompt_tokens: int) -> list[Tokenized | None]:
     """Prompts alone, for on-policy training, in at most `max_prompt_tokens` each; None for a dropped one (see `drop_reason`)."""
-    tokenized = _fit_prompts(layout, examples, [max_prompt_tokens] * len(examples))
+    tokenized = _fit_prompts(layout, _shown_examples(layout, examples), [max_prompt_tokens] * len(examples))
     return [fitted and Tokenized(fitted.ids, len(fitted.ids), 0, fitted.truncated) for fitted in tokenized]
+
+
+def _shown_examples(layout: Layout, examples: Sequence[Example]) -> list[Example]:
+    """The examples as texts show them: without thoughts where `layout` drops them."""
+    return [without_thoughts(example) if layout.reasoning == "drop" else example for example in examples]
 
 
 def _fit_prompts(layout: Layout, examples: Sequence[Example], rooms: Sequence[int]) -> list[FittedPrompt | None]:

@@ -56,18 +56,25 @@ def compute_references(recipe: Recipe, run: Run, corpus: Corpus, actors: int) ->
     `reference` of the objective's block, or else the base model before tuning.
     """
     for file, table in _compute_missing(recipe, run, corpus, actors, _ReferenceActor):
-        values = np.stack(table["values"].to_pylist()).astype(np.float32)
-        ReferenceLogProbs(table["row"].to_numpy(), values).write(file)
+        values = np.array(table["values"].to_pylist(), np.float32)
+        ReferenceLogProbs(table["row"].to_numpy(), values.reshape(-1, 2)).write(file)  # none where no pair fits into a row
     return {name: ReferenceLogProbs.read(file) for name, file in _files(run, corpus).items()}
 
 
 def compute_teacher(recipe: Recipe, run: Run, corpus: Corpus, actors: int) -> dict[str, TeacherLogProbs]:
     """Task name → the teacher's likeliest tokens at the targets of its training and validation rows; else as above."""
     for file, table in _compute_missing(recipe, run, corpus, actors, _TeacherActor):
-        ends, targets = np.cumsum(table["targets"].to_numpy()), int(np.sum(table["targets"].to_numpy()))
-        ids, values = (table[name].combine_chunks().flatten().to_numpy().reshape(targets, -1) for name in ("ids", "values"))
-        TeacherLogProbs(table["row"].to_numpy(), ends, ids.astype(np.int32), values.astype(np.float32)).write(file)
+        _teacher_of(table).write(file)
     return {name: TeacherLogProbs.read(file) for name, file in _files(run, corpus).items()}
+
+
+def _teacher_of(table: pa.Table) -> TeacherLogProbs:
+    """The teacher's tokens at the targets of one task's rows, of which none may have fitted into a packed row."""
+    ends = np.cumsum(table["targets"].to_numpy())
+    targets = int(ends[-1]) if len(ends) else 0
+    flat = (table[name].combine_chunks().flatten().to_numpy() for name in ("ids", "values"))
+    ids, values = (numbers.reshape(targets, len(numbers) // max(targets, 1)) for numbers in flat)
+    return TeacherLogProbs(table["row"].to_numpy(), ends, ids.astype(np.int32), values.astype(np.float32))
 
 
 def _files(run: Run, corpus: Corpus) -> dict[str, Folder]:
@@ -182,4 +189,7 @@ class _TeacherActor(_FrozenActor):
             name: pa.array([part.ravel() for part in np.split(np.concatenate(parts), np.cumsum(counts)[:-1])], pa.list_(kind))
             for name, (parts, kind) in by_row.items()
         }
-        return {"targets": np.array(counts, np.int64), **(columns if counts else {name: [] for name in by_row})}
+        return {
+            "targets": np.array(counts, np.int64),
+            **(columns if counts else {name: pa.array([], pa.list_(kind)) for name, (_, kind) in by_row.items()}),
+        }
