@@ -126,6 +126,8 @@ def test_gpt_oss_thinks_before_a_call_in_another_channel() -> None:
         ('<tool_call>\n{"nam', '<tool_call>\n{"nam', []),
         ("a <tool_cal b", "a <tool_cal b", []),
         ("Then <tool_", "Then <tool_", []),
+        ("A <tool_call> b\n\n<tool_call> c", "A <tool_call> b\n\n<tool_call> c", []),
+        ('A <tool_call>{"name": "f"}</tool_call> <tool_call> c', "A<tool_call> c", [("f", "{}")]),
         ('<tool_call>{"name": "f", "arguments": {}}</tool_call>\n Done.', "Done.", [("f", "{}")]),
     ],
 )

@@ -72,6 +72,7 @@ class ReplyParser:
         self._buffer = ""
         self._is_finished = False
         self._has_content = self._has_thought_text = False
+        self._space = ""  # white space before what may be a call
         self._number = -1
         self._scanner = JsonScanner()
         self._deltas: list[ReplyDelta] = []
@@ -83,6 +84,11 @@ class ReplyParser:
             pass
         deltas, self._deltas = self._deltas, []
         return deltas
+
+    @property
+    def is_in_arguments(self) -> bool:
+        """True if a call's arguments have begun and are not complete."""
+        return self._state == self._read_arguments
 
     def finish(self) -> list[ReplyDelta]:
         """The pieces that were kept back until the reply's end."""
@@ -151,7 +157,9 @@ class ReplyParser:
                 self._state = self._read_head
                 return True
         if begin and (place := self._buffer.find(begin)) >= 0:
-            self._emit_text(self._buffer[:place].rstrip())
+            text = self._buffer[:place].rstrip()
+            self._space = self._buffer[len(text) : place]
+            self._emit_text(text)
             self._buffer = self._buffer[place + len(begin) :]
             self._state = self._read_head
             return True
@@ -173,7 +181,7 @@ class ReplyParser:
     def _refuse(self) -> bool:
         """What looked like a call is content."""
         assert self._calls is not None
-        self._emit_text(self._calls.begin.strip())
+        self._emit_text(self._space + self._calls.begin.strip())
         self._has_content = True
         self._state = self._read_text
         return True
@@ -266,6 +274,7 @@ class ReplyParser:
         """Behind a call: the text between two calls, or the end of all."""
         assert self._calls is not None
         end, between = self._calls.end.strip(), self._calls.between.strip()
+        self._space = ""
         self._buffer = self._buffer.lstrip()
         markers = [end] if end and between.startswith(end) else [between, end]
         for marker in filter(None, markers):

@@ -63,6 +63,29 @@ async def test_calls_are_read_from_a_reply(layout: Layout) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("stop", "finish"), [('"days"', "stop"), ("</tool", "tool_calls")])
+async def test_a_call_that_a_stop_string_cuts_is_no_finished_call(layout: Layout, stop: str, finish: str, stream: bool) -> None:
+    response, _ = await post(layout, CALL, ASK | {"stop": stop, "stream": stream})
+    last = json.loads(response.text.split("\n\n")[-3].removeprefix("data: ")) if stream else response.json()
+    assert last["choices"][0]["finish_reason"] == finish
+
+
+@pytest.mark.asyncio
+async def test_each_of_several_replies_has_a_constraint_of_its_own(layout: Layout) -> None:
+    _, engine = await post(layout, CALL, ASK | {"n": 3, "tool_choice": "required"})
+    one, other, third = (request.constraint for request in engine.requests)
+    for id in layout.tokenizer.encode(CALL):
+        assert one.allowed()[id]
+        one.accept(id)
+    assert one.allowed()[list(layout.call_stop_ids)].any()
+    for untouched in (other, third):
+        assert untouched.allowed()[layout.tokenizer.encode(CALL)[0]]
+        assert not untouched.allowed()[list(layout.call_stop_ids)].any()
+    assert other.grammar == one.grammar
+
+
+@pytest.mark.asyncio
 async def test_none_shows_no_functions_and_reads_no_calls(layout: Layout) -> None:
     response, engine = await post(layout, CALL, ASK | {"tool_choice": "none"})
     assert response.json()["choices"][0]["message"] == {"role": "assistant", "content": CALL}
@@ -123,6 +146,15 @@ def called(arguments: str, id: str = "a1") -> list[dict[str, Any]]:
         (bodies(tools=[WEATHER, WEATHER]), "two functions in `tools` have the same name"),
         (bodies(tools=[{"type": "web_search"}]), "web_search|function"),
         (bodies(tools=[WEATHER | {"colour": "red"}]), "colour"),
+        (
+            bodies(
+                tools=[
+                    {"type": "function", "function": {"name": f"f{number}", "parameters": {"title": "x" * 99_000}}}
+                    for number in range(5)
+                ]
+            ),
+            "the schemas of `tools` have more than 400000 characters together",
+        ),
         (bodies(messages=called("{}", "b2")), "is the result of the call 'b2', which no turn before it made"),
         (bodies(messages=called('{"city"')), "the arguments of a call are the text of a JSON object"),
         (bodies(messages=called("[1]")), "the arguments of a call are the text of a JSON object"),

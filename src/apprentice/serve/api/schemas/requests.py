@@ -7,6 +7,7 @@ prompt and reply, `structured_outputs` constrains the reply's form.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -28,7 +29,7 @@ from apprentice.serve.api.schemas.field_types import (
     bounded_list,
 )
 from apprentice.serve.api.schemas.neutral_fields import NEUTRAL, NEUTRAL_CHAT, NEUTRAL_STREAM, NEUTRAL_TURN
-from apprentice.serve.api.schemas.tools import MOST_TOOLS, CallOfTurn, NamedTool, Tool, ToolChoice
+from apprentice.serve.api.schemas.tools import MOST_SCHEMA_CHARACTERS, MOST_TOOLS, CallOfTurn, NamedTool, Tool, ToolChoice
 
 MOST_TOP = 20  # best tokens scored beside each token
 MOST_CHOICES = 128  # replies that one request may ask for
@@ -249,6 +250,10 @@ class ChatRequest(GenerationFields):
         names = [tool.function.name for tool in self.tools]
         if len(set(names)) < len(names):
             raise ValueError("two functions in `tools` have the same name; a call could mean either")
+        if sum(len(json.dumps(tool.function.parameters)) for tool in self.tools) > MOST_SCHEMA_CHARACTERS:
+            raise ValueError(
+                f"the schemas of `tools` have more than {MOST_SCHEMA_CHARACTERS} characters together as JSON; send fewer functions"
+            )
         if self.must_call and not self.tools:
             raise ValueError("`tool_choice` asks for a call, and there are no `tools`; give them, or leave it out")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:

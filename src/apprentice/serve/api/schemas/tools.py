@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from apprentice.serve.api.schemas.field_types import Name, Schema, StrictFields, Text
 
 MOST_TOOLS = 128
+MOST_SCHEMA_CHARACTERS = 400_000  # of all functions' schemas as JSON; their grammar is compiled in a second or two
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.\-]+$", min_length=1, max_length=64)]
 
 

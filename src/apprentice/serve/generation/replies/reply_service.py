@@ -122,5 +122,7 @@ class ReplyService:
             grammar = grammars.grammar_of(body)
         if grammar is None:
             return prompt
-        requests = (replace(one, constraint=grammars.compile(grammar, tuple(sorted(one.stop_ids)))) for one in prompt.requests)
+        first, *others = prompt.requests  # they differ in their seeds only
+        constraint = grammars.compile(grammar, tuple(sorted(first.stop_ids)))
+        requests = [replace(first, constraint=constraint), *(replace(one, constraint=constraint.copy()) for one in others)]
         return replace(prompt, requests=tuple(requests))

@@ -93,10 +93,10 @@ class ReplyStream:
             self.tokens.close()
 
     def _read(self, chunk: ReplyChunk, parser: ReplyParser) -> None:
-        """Reads the parts of the chunk's text; a reply that ends with calls is finished by them."""
+        """Reads the parts of the chunk's text; a reply that ends with calls is finished by them, unless the last was cut."""
         chunk.parts = [*parser.feed(chunk.text), *(parser.finish() if chunk.finish else ())]
         self._has_calls = self._has_calls or has_calls(chunk.parts)
-        if chunk.finish == "stop" and self._has_calls:
+        if chunk.finish == "stop" and self._has_calls and not parser.is_in_arguments:
             self.finish = chunk.finish = "tool_calls"
 
     async def _first_chunk(self, token: GeneratedToken) -> ReplyChunk:
