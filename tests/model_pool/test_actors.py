@@ -100,6 +100,29 @@ def test_an_autoscaler_adds_a_node_for_gpus_that_stay_taken(
     assert looks[-1] > actors.PATIENCE_S
 
 
+def test_gpus_that_the_request_itself_held_are_free_a_moment_later(
+    cluster: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = cluster([GPU_NODE], (16, 0))
+    after: list[float] = []
+
+    def request(_: Any, has_enough: Any, tell: Any) -> None:
+        if has_enough([GPU_NODE]):
+            return
+
+        def available() -> dict[str, float]:
+            after.append(8.0 if len(after) == 2 else 0.0)
+            return {"CPU": 16.0, "GPU": after[-1]}
+
+        monkeypatch.setattr(actors.ray, "available_resources", available)
+
+    monkeypatch.setattr(actors, "has_autoscaler", lambda: True)
+    monkeypatch.setattr(actors, "request_nodes", request)
+    assert find_free_resources(lambda _: None, gpus=1.0).gpus == 8
+    assert len(after) == 3
+    assert looks[-1] > actors.PATIENCE_S
+
+
 def test_each_worker_has_its_gpus_on_one_node() -> None:
     nodes = [CPU_NODE, GPU_NODE, {"CPU": 4.0, "GPU": 3.0}]
     assert [has_gpus(4, workers)(nodes) for workers in (1, 2, 3)] == [True, True, False]

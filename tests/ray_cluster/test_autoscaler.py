@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,6 +126,25 @@ def test_a_cluster_without_an_autoscaler_is_not_asked(ray_cluster: Any, monkeypa
     assert autoscaling_state() is None
     monkeypatch.setattr(autoscaler, "placement_group", lambda *_: pytest.fail("asked"))
     request_nodes([{"GPU": 1.0}], lambda nodes: False, pytest.fail)
+
+
+def test_nothing_is_waited_for_once_the_request_has_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it reserves is not free, so a caller who looks at what is free would wait for as long as the request holds it."""
+    states = iter(["PENDING", "CREATED"])
+    clock, given_back = [0.0], []
+    group = SimpleNamespace(id=bytes(2))
+    monkeypatch.setattr(autoscaler, "has_autoscaler", lambda: True)
+    monkeypatch.setattr(autoscaler, "node_resources", list)
+    monkeypatch.setattr(autoscaler, "is_infeasible", lambda _: False)
+    monkeypatch.setattr(autoscaler, "placement_group", lambda _: group)
+    monkeypatch.setattr(autoscaler, "placement_group_table", lambda _: {"state": next(states)}, raising=False)
+    monkeypatch.setattr(autoscaler, "remove_placement_group", given_back.append)
+    monkeypatch.setattr(autoscaler.ray, "is_initialized", lambda: True)
+    stand_in = SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(autoscaler, "time", stand_in)
+    request_nodes([{"GPU": 1.0}], lambda _: False, lambda _: None)
+    assert clock[0] == autoscaler.POLL_S
+    assert given_back == [group]
 
 
 def test_check_says_that_nodes_will_come(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path) -> None:

@@ -47,10 +47,8 @@ def find_free_resources(tell: Callable[[str], None], *, gpus: float = 0.0, tenso
             break
         time.sleep(POLL_S)
     if free.get("GPU", 0) < needed and has_autoscaler():
-        # A node more for it: where the nodes' own are free meanwhile, that is as good.
-        bundle = {"CPU": 1.0, "GPU": float(needed)}
-        request_nodes([bundle], lambda _: ray.available_resources().get("GPU", 0) >= needed, tell)
-        nodes, free, idle = node_resources(), ray.available_resources(), False
+        free = _request_gpus(needed, tell)
+        nodes, idle = node_resources(), False
     free_gpus = int(free.get("GPU", 0))
     if free_gpus < needed:
         total = sum(int(node.get("GPU", 0)) for node in nodes)
@@ -69,6 +67,21 @@ def find_free_resources(tell: Callable[[str], None], *, gpus: float = 0.0, tenso
         gpus_there,
         largest_gpu_bytes() if free_gpus else None,
     )
+
+
+def _request_gpus(count: int, tell: Callable[[str], None]) -> dict[str, float]:
+    """Asks the autoscaler for a node with `count` GPUs, or waits for as many of the nodes' own; returns what is free then.
+
+    The request itself reserves them, and Ray gives them back a moment after it is withdrawn.
+    """
+    bundle = {"CPU": 1.0, "GPU": float(count)}
+    request_nodes([bundle], lambda _: ray.available_resources().get("GPU", 0) >= count, tell)
+    start = time.monotonic()
+    free: dict[str, float] = ray.available_resources()
+    while free.get("GPU", 0) < count and time.monotonic() - start < SETTLE_S:
+        time.sleep(POLL_S)
+        free = ray.available_resources()
+    return free
 
 
 def has_gpus(count: int, workers: int = 1) -> Callable[[Sequence[dict[str, float]]], bool]:

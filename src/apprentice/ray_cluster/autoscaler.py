@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import ray
-from ray.util import placement_group, remove_placement_group
+from ray.util import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 
 from apprentice.ray_cluster.compat import autoscaling_state, is_infeasible
 from apprentice.ray_cluster.nodes import node_resources
@@ -25,8 +26,9 @@ def request_nodes(bundles: Sequence[dict[str, float]], has_enough: Callable[[Nod
     """Asks the autoscaler for nodes with room for `bundles` (resources by name, each on one node), and waits for them.
 
     Returns at once where the nodes have enough already, where the cluster has no autoscaler, and where its autoscaler says that it
-    can never have as much; after `WAIT_S` seconds it gives up. So the caller checks the resources itself, as without an autoscaler.
-    `report` is called with a sentence when the wait begins.
+    can never have as much; and when the bundles have a place, whatever `has_enough` says, since what they reserve is not free then.
+    After `WAIT_S` seconds it gives up. So the caller checks the resources itself, as without an autoscaler. `report` is called with
+    a sentence when the wait begins.
 
     The request is a placement group, which Ray gives up when this process ends in any way; `ray.autoscaler.sdk.request_resources`
     would go on holding nodes for a process that was killed, and knows one request for a whole cluster.
@@ -35,18 +37,18 @@ def request_nodes(bundles: Sequence[dict[str, float]], has_enough: Callable[[Nod
         return
     group = placement_group(list(bundles))
     try:
-        _wait(group.id.hex(), has_enough, report, _describe(bundles))
+        _wait(group, has_enough, report, _describe(bundles))
     finally:
         if ray.is_initialized():
             remove_placement_group(group)
 
 
-def _wait(group: str, has_enough: Callable[[Nodes], bool], report: Callable[[str], None], request: str) -> None:
-    """Returns when the nodes have enough, when they can never have room for the placement group `group`, or after `WAIT_S` s."""
+def _wait(group: PlacementGroup, has_enough: Callable[[Nodes], bool], report: Callable[[str], None], request: str) -> None:
+    """Returns when the nodes have enough, when `group` has its place or can never have one, or after `WAIT_S` s."""
     began = time.monotonic()
     is_reported = False
     while not has_enough(node_resources()) and time.monotonic() - began < WAIT_S:
-        if is_infeasible(group):
+        if placement_group_table(group)["state"] == "CREATED" or is_infeasible(group.id.hex()):
             return
         if time.monotonic() - began >= POLL_S and not is_reported:
             report(f"waiting for nodes: the cluster's autoscaler was asked for {request}, and may take minutes")
