@@ -144,7 +144,6 @@ def trained(case: dict[str, Any], recipe: Recipe, dtype: torch.dtype, collective
         collectives=collectives,
         report=lambda *_, **__: None,
         register=lambda *_: None,
-        round_steps=None,
         token=None,
     )
     saver.save(State(step=1), engines[0].shards(), last=True)
