@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 
 from apprentice import cli, pipeline
+from apprentice.data.encoding.prompt_contract import make_contract
+from apprentice.data.encoding.prompt_format import Layout
+from apprentice.recipe import Recipe
+from tests.support.chat_templates import sources, stand_in
 from tests.verify.test_server_checks import exported, verdicts
 
 __all__ = ["exported"]
@@ -30,6 +34,22 @@ def test_a_copy_is_the_same(exported: Path, copy: Path) -> None:
     assert (result["kind"], drifted(result)) == ("folder", [])
     assert verdicts(result, "greedy text") == ["same"] * 6
     assert {finding["verdict"] for finding in result["findings"]} == {"same"}
+
+
+def test_a_contract_with_thoughts(tmp_path: Path) -> None:
+    """Its prompts leave the thought to the reply, and so must those that are compared with it."""
+    tokenizer = stand_in("qwen3_5_think", sources()["qwen3_5_think"].read_text(), tmp_path)
+    values = {"name": "r", "model": {"base": "m"}, "data": {"tasks": ["t"], "layout": "chat", "reasoning": "train"}}
+    recipe = Recipe.model_validate(values | {"training": {"steps": 1}})
+    contract = make_contract(recipe, Layout("chat", tokenizer, reasoning="train"), tmp_path)
+    bare = make_contract(recipe, Layout("chat", tokenizer), tmp_path)
+    assert contract.golden != bare.golden
+    contract.write(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(contract.stop_ids)}))
+    assert drifted(pipeline.verify_contract(str(tmp_path), str(tmp_path))) == []
+    (tmp_path / "chat_template.jinja").write_text(" " + sources()["qwen3_5_think"].read_text())
+    result = pipeline.verify_contract(str(tmp_path), str(tmp_path))
+    assert "chat template: sha256" in drifted(result)
 
 
 def test_another_template(exported: Path, copy: Path) -> None:

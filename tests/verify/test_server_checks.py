@@ -186,3 +186,30 @@ def test_nobody_answers(exported: Path, tmp_path: Path) -> None:
         pipeline.verify_contract("http://127.0.0.1:9", str(tmp_path), storage=str(tmp_path))
     with pytest.raises(ContractError, match="is neither the address of a server"):
         pipeline.verify_contract(str(tmp_path / "gone"), str(exported))
+
+
+def test_a_server_that_refuses_everything_is_not_taken_for_a_right_one(exported: Path) -> None:
+    """As with a wrong key, or another model's name: nothing was seen, so the exit code must not be 0."""
+    with serve({}) as url, pytest.raises(EvaluationError, match="refuses every request for the model 'm'"):
+        pipeline.verify_contract(url, str(exported), model="m")
+
+
+def test_a_bias_without_effect_shows_nothing(exported: Path) -> None:
+    """A short reply ends by itself, also at a server that ignores `logit_bias`."""
+    routes = vllm(Model(exported)) | {"/v1/completions": lambda _: {"choices": [{"text": "Yes", "finish_reason": "stop"}]}}
+    with serve(routes) as url:
+        result = pipeline.verify_contract(url, str(exported))
+    assert set(verdicts(result, "stops")) == {"cannot be seen"}
+
+
+def test_our_endpoint_without_a_hash_of_weights(exported: Path) -> None:
+    """It serves a folder with another's contract, so that it does not know of the weights."""
+    contract = read_contract(exported)
+    assert contract is not None
+    routes: Routes = {
+        "/v1/models": lambda _: {"data": [{"id": "m"}]},
+        "/v1/contract": lambda _: contract.for_other_weights().model_dump(mode="json"),
+    }
+    with serve(routes) as url:
+        result = pipeline.verify_contract(url, str(exported))
+    assert (result["kind"], verdicts(result, "weights"), result["drifted"]) == ("apprentice", ["cannot be seen"], 0)

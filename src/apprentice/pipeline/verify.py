@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from apprentice.errors import ContractError
+from apprentice.errors import ContractError, EvaluationError
 from apprentice.pretrained.hub import local_folder
 from apprentice.run.folder import find_run
 from apprentice.run.identity import CONTRACT_FILE
@@ -17,8 +17,8 @@ def verify_contract(
     """Verifies the server or the model folder `target` against `contract`: its file, the folder that it lies in, or a run.
 
     `model` is the model's name at a server, `key` its API key. Returns `findings`, how many `drifted`, and what the `target` is.
-    Raises `ContractError` without a contract, `EvaluationError` for a server that does not answer, `ModelError` for a folder
-    without a tokenizer.
+    Raises `ContractError` without a contract, `EvaluationError` for a server that does not answer or refuses everything,
+    `ModelError` for a folder without a tokenizer.
     """
     from apprentice.verify.contract_place import ContractPlace
     from apprentice.verify.folder_checks import check_folder
@@ -30,6 +30,11 @@ def verify_contract(
         with connect(target, key) as client:
             server = find_server(client, model)
             kind, findings = server.name, list(check_server(server, place, trust=trust))
+        if not server.has_answered:
+            raise EvaluationError(
+                f"{target} refuses every request for the model {server.model!r}, so nothing can be seen; check the address, the key"
+                " and --model."
+            )
     elif Path(target).is_dir():
         kind, findings = "folder", list(check_folder(Path(target), place, trust=trust))
     else:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from apprentice.data.encoding.prompt_contract import layout_under
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import ContractError
 from apprentice.models.greedy import reply_greedily
+from apprentice.pretrained.architecture import gives_rewards
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.run.contract import GoldenPrompt, weights_sha256
 from apprentice.verify.contract_place import GREEDY_TOKENS, ContractPlace
@@ -22,10 +25,12 @@ def check_folder(folder: Path, place: ContractPlace, *, trust: bool = False) -> 
     """All observations of the model in `folder`. Raises `ModelError` if it has no tokenizer."""
     contract, tokenizer = place.contract, Tokenizer(folder)
     has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-    if has_weights:
-        yield compare_values("weights", "sha256", contract.weights_sha256, weights_sha256(folder))
-    else:
+    if not has_weights:
         yield unseen("weights", "sha256", "the folder has no safetensors files")
+    elif not contract.weights_sha256:
+        yield unseen("weights", "sha256", "the contract names none")
+    else:
+        yield compare_values("weights", "sha256", contract.weights_sha256, weights_sha256(folder))
     yield compare_values("tokenizer", "sha256", contract.tokenizer_sha256, tokenizer.fingerprint)
     tokenizer = tokenizer.with_template(contract.chat_template)
     template = tokenizer.chat_template
@@ -45,7 +50,10 @@ def check_folder(folder: Path, place: ContractPlace, *, trust: bool = False) -> 
 
 def _layout(place: ContractPlace, tokenizer: Tokenizer) -> Layout:
     contract = place.contract
+    with suppress(ContractError):  # the prompts show then what differs
+        return layout_under(contract, tokenizer)
     settings: dict[str, Any] = {"version": contract.layout_version, "control_tokens": contract.control_tokens}
+    settings |= {"reasoning": contract.reasoning}
     layout = Layout(contract.layout, tokenizer, contract.system, contract.date, **settings)  # type: ignore[arg-type]
     return replace(layout, day=contract.date) if contract.layout_version == 1 else layout
 
@@ -77,6 +85,9 @@ def _check_generation_stops(folder: Path, stop_ids: tuple[int, ...]) -> Iterator
 def _check_greedy_text(folder: Path, place: ContractPlace, *, has_weights: bool, trust: bool) -> Iterator[Observation]:
     if not has_weights or not place.has_weights or folder.resolve() == place.folder.resolve():
         yield unseen("greedy text", "all", "two folders with weights are needed, the contract's and another")
+        return
+    if gives_rewards(folder):
+        yield unseen("greedy text", "all", "the model gives rewards and no text")
         return
     ids = [golden.ids for golden in place.contract.golden]
     replies = reply_greedily(folder, ids, place.contract.stop_ids, GREEDY_TOKENS, trust=trust)

@@ -32,7 +32,10 @@ def check_server(server: Server, place: ContractPlace, *, trust: bool = False) -
 def _check_own_contract(server: Apprentice, place: ContractPlace) -> Iterator[Observation]:
     """Our own endpoint says which contract it follows."""
     seen, expected = server.contract(), place.contract.model_dump(mode="json")
-    yield compare_values("weights", "sha256", expected["weights_sha256"], seen["weights_sha256"])
+    if expected["weights_sha256"] and seen["weights_sha256"]:
+        yield compare_values("weights", "sha256", expected["weights_sha256"], seen["weights_sha256"])
+    else:
+        yield unseen("weights", "sha256", "the contract here or the server's names none")
     yield compare_values("tokenizer", "sha256", expected["tokenizer_sha256"], seen["tokenizer_sha256"])
     yield compare_values("chat template", "sha256", expected["chat_template_sha256"], seen["chat_template_sha256"])
     for name in ("layout", "layout_version", "system", "date", "control_tokens"):
@@ -99,10 +102,10 @@ def _check_stop(server: Server, place: ContractPlace, token: int) -> Observation
     plain, forced = server.complete(ids, 3), server.complete(ids, 3, {token: BIAS})
     if plain is None or forced is None:
         return unseen("stops", subject, f"{server.name} continues no token ids, or biases none")
+    if forced == plain:
+        return unseen("stops", subject, f"the reply is the same with `logit_bias` as without: {plain[0]!r}")
     if forced[1] == "stop":
         return Observation("stops", subject, "same", "a reply ends with it")
-    if forced == plain:
-        return unseen("stops", subject, f"{server.name} ignores `logit_bias`")
     return Observation("stops", subject, "drifted", f"a reply goes on after it: {forced[0]!r}")
 
 
@@ -116,7 +119,10 @@ def _check_greedy_text(server: Server, place: ContractPlace, *, trust: bool) -> 
     replies = place.greedy_replies(trust=trust)
     for golden, reply in zip(place.contract.golden, replies, strict=True):
         answer = server.complete(golden.ids, GREEDY_TOKENS)
-        yield _compare_texts(place, golden.instruction, reply, answer[0] if answer else "")
+        if answer is None:
+            yield unseen("greedy text", golden.instruction, f"{server.name} refuses this prompt")
+        else:
+            yield _compare_texts(place, golden.instruction, reply, answer[0])
 
 
 def _compare_texts(place: ContractPlace, subject: str, reply: GreedyReply, seen: str) -> Observation:

@@ -23,24 +23,29 @@ TIMEOUT_S = 120.0
 
 
 class Server:
-    """A server at `url` (with or without `/v1`) that shows no more than OpenAI's API; `model` is the model's name there."""
+    """A server at `url` (with or without `/v1`) that shows no more than OpenAI's API; `model` is the model's name there.
+
+    `has_answered` says whether it has answered anything but a refusal.
+    """
 
     name = "OpenAI's API"
 
     def __init__(self, client: httpx.Client, model: str) -> None:
-        self.client, self.model = client, model
+        self.client, self.model, self.has_answered = client, model, False
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """JSON from a POST of `body`, or without one from a GET; None where the server refuses it or gives no JSON."""
         try:
             response = self.client.get(path) if body is None else self.client.post(path, json=body)
-            return response.json() if response.is_success else None
+            answer = response.json() if response.is_success else None
         except ValueError:
             return None
         except httpx.HTTPError as error:
             raise EvaluationError(
                 f"{self.client.base_url} does not answer ({type(error).__name__}); start the server, or check its address."
             ) from error
+        self.has_answered |= answer is not None
+        return answer
 
     def encode_messages(self, messages: Messages) -> list[int] | None:
         """The prompt that it makes of messages, as token ids; None where it does not show that."""

@@ -49,6 +49,18 @@ def test_the_files_are_those_of_save_pretrained(name: str, tmp_path: Path) -> No
     assert files_of(tmp_path / "streamed") == files_of(tmp_path / "whole")
 
 
+def test_buffers_that_no_file_holds_keep_their_number_format(tmp_path: Path) -> None:
+    """As where the model is loaded again; else its scores before it is written would be those of other rotary positions."""
+    torch.manual_seed(0)
+    made("llama").save_pretrained(tmp_path / "base")
+    weights = StreamedWeights()
+    model = load_model(tmp_path / "base", torch.float32, splitter=weights)
+    weights.cast(model, torch.bfloat16)
+    loaded = dict(load_model(tmp_path / "base", torch.bfloat16).named_buffers())
+    assert {name: buffer.dtype for name, buffer in model.named_buffers()} == {name: one.dtype for name, one in loaded.items()}
+    assert torch.float32 in {buffer.dtype for buffer in loaded.values()}
+
+
 def test_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     MIXTURES["mixtral"]().save_pretrained(tmp_path / "base")

@@ -79,14 +79,17 @@ class StreamedWeights:
             layer.merge()
 
     def cast(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Gives the floating-point parameters and buffers of `model` the number format `dtype`, after merging."""
+        """Gives the floating-point parameters and stored buffers of `model` the number format `dtype`, after merging.
+
+        Other buffers keep theirs, as where the model is loaded again: in 16 bits rotary frequencies turn far positions wrongly.
+        """
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 is_streamed = parameter in self._sources
                 parameter.data = _without_values(parameter, dtype) if is_streamed else parameter.data.to(dtype)
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.data = buffer.data.to(dtype)
+        for value in model.state_dict(keep_vars=True).values():
+            if not isinstance(value, nn.Parameter) and value.is_floating_point():
+                value.data = value.data.to(dtype)
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         """The values of `parameter`, merged, in its number format; a parameter in memory is given itself."""

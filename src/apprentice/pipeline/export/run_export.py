@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from apprentice.errors import ContractError, ModelError, RunError, StorageError
 from apprentice.pipeline.export.certificate import certify_export
 from apprentice.pipeline.export.formats import ExportFormat, model_folder
@@ -66,7 +68,10 @@ def export_run(target: str, folder: str, *, storage: str = "./runs", options: Ex
 
 def _certificate_in(place: Path) -> EquivalenceCertificate | None:
     file = place / CERTIFICATE_FILE
-    return EquivalenceCertificate.model_validate_json(file.read_bytes()) if file.is_file() else None
+    try:
+        return EquivalenceCertificate.model_validate_json(file.read_bytes()) if file.is_file() else None
+    except ValidationError:  # somebody else's file
+        return None
 
 
 def _write(run: Run, form: ExportFormat, contract: PromptContract, place: Path, tolerance: float) -> EquivalenceCertificate:
@@ -84,7 +89,8 @@ def _write(run: Run, form: ExportFormat, contract: PromptContract, place: Path, 
                     " or a larger --tolerance."
                 )
             (part / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            is_seq2seq = family_of(model_folder(run, model)) == "seq2seq"
+            source = part if form.kind == "safetensors" else model_folder(run, model)  # which would be copied a second time
+            is_seq2seq = family_of(source) == "seq2seq"
             card = _card(run, contract, certificate, is_seq2seq=is_seq2seq)
             (part / "README.md").write_text(card, encoding="utf-8")
             if place.exists():
