@@ -14,6 +14,8 @@ from apprentice import __version__
 from apprentice.evaluate.report.run_history import export_sentence, time_sentence
 from apprentice.recipe import Recipe
 from apprentice.run.contract import PromptContract
+from apprentice.run.identity import public_base
+from apprentice.storage import is_uri
 from apprentice.tasks.exposure import exposure_in, exposures
 from apprentice.tasks.schema import Task
 
@@ -53,7 +55,7 @@ def _metadata(contract: PromptContract, tasks: Sequence[Task], held_out: set[str
     sets = sorted({spec.hub for task in tasks if task.name not in held_out for spec in task.sources if spec.hub is not None})
     base = next(iter(contract.ancestors), contract.base)
     values = {
-        "base_model": base,
+        **({} if _is_place(base) else {"base_model": base}),  # the hub refuses a card that names a folder there
         "library_name": "transformers",
         "pipeline_tag": kind,
         "tags": ["apprentice", "instruction-tuning"],
@@ -62,7 +64,7 @@ def _metadata(contract: PromptContract, tasks: Sequence[Task], held_out: set[str
 
 
 def _origin(recipe: Recipe, contract: PromptContract) -> str:
-    line = " → ".join([*contract.ancestors, recipe.name])
+    line = " → ".join([*map(_without_places, contract.ancestors), recipe.name])
     return f"{line}, tuned to follow instructions ({recipe.tuning.method}) with apprentice {__version__}."
 
 
@@ -80,11 +82,28 @@ def _speaking(contract: PromptContract) -> str:
 
 def _training(recipe: Recipe, ledger: Mapping[str, Any], exported: Mapping[str, Any] | None, sentences: str) -> str:
     content = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"storage": True, "data": {"root"}})
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
+    text = yaml.safe_dump(_without_places(content), sort_keys=False, allow_unicode=True).strip()
     seen = f"{ledger['examples']:,} examples with {ledger['target_tokens']:,} tokens of answers."
     compared = export_sentence(exported) or f"How far these weights are from the trained ones is {UNKNOWN}."
     compared = f"{compared} {sentences}".strip()
     return f"## Training\n\n{seen} {compared}\n\nThe recipe, without what is at its default:\n\n```yaml\n{text}\n```"
+
+
+def _is_place(text: str) -> bool:
+    """Whether `text` names a place on some machine or store."""
+    return text.startswith(("/", "./", "../", "~")) or (is_uri(text) and not any(map(str.isspace, text)))
+
+
+def _without_places(value: Any) -> Any:
+    """The recipe's values with the last part alone of paths and URIs: a card goes to others."""
+    if isinstance(value, Mapping):
+        return {key: _without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    named = public_base(value)
+    return named.rstrip("/").rsplit("/", 1)[-1] if _is_place(named) else named
 
 
 def _data(ledger: Mapping[str, Any], tasks: Sequence[Task], held_out: set[str] | frozenset[str]) -> str:
@@ -116,7 +135,7 @@ def _licences(contract: PromptContract, tasks: Sequence[Task], held_out: set[str
     trained = [task for task in tasks if task.name not in held_out]
     stated = sorted({task.licence for task in trained if task.licence != UNKNOWN})
     silent = sorted(task.name for task in trained if task.licence == UNKNOWN)
-    base = next(iter(contract.ancestors), contract.base)
+    base = _without_places(next(iter(contract.ancestors), contract.base))
     known = "; ".join(stated) or "none stated"
     lines = [f"The base model's licence is that of {base}; look it up there. Licences of the data, as stated: {known}."]
     if silent:
