@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.render import Renderer
 from apprentice.data.encoding.tokenize import encode
 from apprentice.data.packing import Rows
+from apprentice.data.row_columns import build_columns
 from apprentice.data.stream import empty_window_drops
 from apprentice.data.window import WindowRenderer
 from apprentice.errors import DataError
@@ -238,3 +240,11 @@ def test_no_row_to_probe(corpus_of: CorpusOf) -> None:
 
 def test_one_long_example_is_enough(corpus: Corpus) -> None:
     assert len(WindowRenderer(corpus).probe(1, most_tokens=1).examples) == 1
+
+
+def test_parts_of_a_conversation_share_only_packed_rows(corpus: Corpus) -> None:
+    [example] = WindowRenderer(corpus)._reader.read(corpus.plan.draws(0, 64))[0][:1]
+    one = example._replace(tokens=replace(example.tokens, others=(example.tokens,)))
+    assert sorted(set(build_columns(corpus, [one], [[0]])["segment_ids"][0])) == [0, 1, 2]
+    with pytest.raises(DataError, match=r"is a conversation whose prompts change between turns, and its parts would see"):
+        build_columns(replace(corpus, strategy="none"), [one], [[0]])

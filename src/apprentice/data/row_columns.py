@@ -106,7 +106,15 @@ def build_columns(
 
 
 def _token_columns(corpus: Corpus, examples: Sequence[TokenizedDraw], rows: Sequence[Sequence[int]]) -> Rows:
-    """The columns with an entry for each token."""
+    """The columns with an entry for each token. Raises `DataError` for a conversation whose parts would see each other."""
+    if corpus.strategy == "none" or corpus.target_length is not None:
+        for example in examples:
+            if example.tokens.others:
+                raise DataError(
+                    f"row {example.row} of {corpus.tasks[example.task].name} is a conversation whose prompts change between turns,"
+                    " and its parts would see each other in a row that is not packed; use a causal model that packs, with"
+                    " tuning.method full, lora, qlora or adapter, and leave data.packing.strategy at `auto`."
+                )
     texts = [answer for example in examples for answer in example.tokens.answers]
     lengths = _int64(len(text.ids) for text in texts)
     prompts = _int64(text.prompt_length for text in texts)

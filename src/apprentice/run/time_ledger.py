@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KINDS = ("steps", "lost_steps", "data", "checkpoints", "validation", "starting", "nodes", "down", "stopped")
-MOST_BLOCKS = 64  # between checkpoints; older ones are merged, since no run goes back so far
+MOST_BLOCKS = 64  # between checkpoints; older ones are forgotten, and their seconds stay, since no run goes back so far
 
 
 @dataclass
