@@ -56,7 +56,7 @@ def recipe_of(arguments: argparse.Namespace, storage: str, name: str) -> Recipe:
             "name": name,
             "seed": 1,
             "storage": storage,
-            "model": {"base": arguments.model, "dtype": arguments.dtype},
+            "model": {"base": arguments.model, "dtype": arguments.dtype, "attention": arguments.attention},
             "data": {
                 "tasks": ["quickstart"],
                 "max_length": arguments.length,
@@ -263,6 +263,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--attention", default="auto", help="ours: auto attends each example by itself on CPUs; sdpa, through a mask"
+    )
     parser.add_argument("--method", default="lora")
     parser.add_argument("--stage", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)

@@ -13,14 +13,15 @@ import torch
 
 from apprentice.errors import ModelError
 from apprentice.models.loading import load_model
+from apprentice.models.tuning.lora_merge import layers_by_weight, merge_lora
 from apprentice.models.weights.streamed_weights import StreamedWeights
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_adapter_folder
 from apprentice.run.identity import ADAPTER_CONFIG
 
 
-def merge_adapter(adapter: Path, target: Path, *, trust: bool = False) -> Path:
-    """Writes the base model of the PEFT folder `adapter` to `target`, the adapter merged into it in float32; returns `target`.
+def merge_adapter(adapter: Path, target: Path, dtype: torch.dtype = torch.float32, *, trust: bool = False) -> Path:
+    """Writes the base model of the PEFT folder `adapter` to `target`, the adapter merged into it, in `dtype`; returns `target`.
 
     Raises `ModelError` if the adapter names no base model or does not fit it; and, unless `trust`, if either is a pickle.
     """
@@ -36,7 +37,7 @@ def merge_adapter(adapter: Path, target: Path, *, trust: bool = False) -> Path:
     try:
         with warnings.catch_warnings():  # peft uses a deprecated attribute of transformers
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+            merged = merge_lora(PeftModel.from_pretrained(model, str(adapter)), dtype).to(dtype)
     except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"the adapter in {adapter} does not fit its base {name}: {reason}") from error
@@ -55,13 +56,10 @@ def merge_adapter(adapter: Path, target: Path, *, trust: bool = False) -> Path:
 def merge_streamed(model: Any, weights: StreamedWeights) -> Any:
     """The plain model in `model`, whose weights are streamed: what its tuning method adds is merged whenever a weight is read.
 
-    Each layer is merged by its own `merge` of peft, so that the numbers are those of `merge_and_unload`.
+    Each layer is merged by its own `merge` of peft, so that the numbers are those of `merge_lora`.
     """
-    from peft.tuners.lora.layer import ParamWrapper
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        inner: Any = layer.get_base_layer()
-        weights.merge_on_read(getattr(inner, layer.parameter_name) if isinstance(layer, ParamWrapper) else inner.weight, layer)
-    return model.unload() if layers else model
+    layers_of = layers_by_weight(model)
+    for weight, layers in layers_of.items():
+        for layer in layers:
+            weights.merge_on_read(weight, layer)
+    return model.unload() if layers_of else model

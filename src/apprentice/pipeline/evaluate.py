@@ -110,7 +110,7 @@ def evaluate_model(
     The report goes to `out`, by default `reports/<model>`. All tasks count as held out, unless one of the evaluated models
     comes from the run of `recipe`. `trained_by` is as in `evaluate_run`.
     """
-    with _merge_if_adapter(model, trust=recipe.model.trust) as (name, folder):
+    with _merge_if_adapter(model, recipe.model.dtype, trust=recipe.model.trust) as (name, folder):
         place = Folder.at(out or Path("reports") / name)
         endpoint = _endpoint(options)
         subjects = [_subject("model" if endpoint is None else "endpoint", folder, recipe.evaluation.shots, endpoint)]
@@ -211,17 +211,18 @@ def _other(options: EvaluationOptions, *, trust: bool) -> tuple[str, Path, list[
 
 
 @contextmanager
-def _merge_if_adapter(model: str, *, trust: bool) -> Iterator[tuple[str, Path]]:
-    """Yields a model's name and folder; an adapter (PEFT folder) is merged into its base in a temporary folder."""
+def _merge_if_adapter(model: str, dtype: str, *, trust: bool) -> Iterator[tuple[str, Path]]:
+    """Yields a model's name and folder; an adapter (PEFT folder) is merged into its base in a temporary folder, in `dtype`."""
     folder = Path(model).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():
         whole = local_folder(model, trust=trust)
         yield whole.name, whole
         return
+    from apprentice.models.loading import resolve_dtype
     from apprentice.models.merge import merge_adapter
 
     with TemporaryDirectory(prefix="apprentice-") as scratch:
-        yield folder.name, merge_adapter(folder, Path(scratch), trust=trust)
+        yield folder.name, merge_adapter(folder, Path(scratch), resolve_dtype(dtype), trust=trust)
 
 
 def _store_verdict(model: Folder, report: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ def test_lora_is_merged_as_peft_does_and_one_tensor_is_in_memory(name: str, chan
     assert alive.now == 0
     merge = TUNING_METHODS["lora"].merge
     assert merge is not None
-    merge(whole).to(torch.bfloat16).save_pretrained(tmp_path / "whole")
+    merge(whole, torch.bfloat16).to(torch.bfloat16).save_pretrained(tmp_path / "whole")
     plain = merge_streamed(streamed, weights)
     weights.cast(plain, torch.bfloat16)
     (tmp_path / "streamed").mkdir()

@@ -164,7 +164,7 @@ def test_bfloat16_runs_are_saved_in_bfloat16(tiny_model: Path, tmp_path: Path) -
     assert facts["largest"] > facts["mean"] > 1e-4
     merge = TUNING_METHODS["lora"].merge
     assert merge is not None
-    merged = merge(model).state_dict()
+    merged = merge(model, torch.bfloat16).state_dict()
     assert all(torch.equal(tensor, merged[name].bfloat16()) for name, tensor in alone.state_dict().items())
 
 

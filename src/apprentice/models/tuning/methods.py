@@ -22,6 +22,7 @@ from apprentice.errors import ModelError, RecipeError
 from apprentice.models.loading import REWARD_HEAD
 from apprentice.models.tuning.bottleneck import add_adapters, save_adapters
 from apprentice.models.tuning.experts import expert_parameters
+from apprentice.models.tuning.lora_merge import merge_lora
 from apprentice.models.tuning.virtual_tokens import start_from_common_words
 from apprentice.recipe import Tuning
 
@@ -33,13 +34,14 @@ class TuningMethod:
     """Functions of a tuning method.
 
     `wrap(model, tuning, seed)` freezes the base and adds trainable weights. `save_adapter(model, folder, base)` writes the added
-    weights and the name of the base model. `merge(model)` returns a plain model with the same outputs; a method without it is
-    exported as base weights with the adapter beside them. `four_bit` quantizes the frozen base to 4 bits. With `virtual_tokens`
-    trained vectors stand before every row, which therefore holds one example.
+    weights and the name of the base model. `merge(model, dtype)` returns a plain model with the same outputs, whose changed weights
+    are in `dtype` (None: in their own format); a method without it is exported as base weights with the adapter beside them.
+    `four_bit` quantizes the frozen base to 4 bits. With `virtual_tokens` trained vectors stand before every row, which therefore
+    holds one example.
     """
 
     wrap: Callable[[PreTrainedModel, Tuning, int], nn.Module]
-    merge: Callable[[Any], PreTrainedModel] | None = None
+    merge: Callable[..., PreTrainedModel] | None = None
     save_adapter: Callable[[Any, Path, str], None] | None = None
     four_bit: bool = False
     virtual_tokens: bool = False
@@ -123,15 +125,10 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
-def _merge_lora(model: Any) -> PreTrainedModel:
-    merged: PreTrainedModel = model.merge_and_unload()
-    return merged
-
-
 TUNING_METHODS: dict[str, TuningMethod] = {
-    "full": TuningMethod(_wrap_full, merge=lambda model: model),
-    "lora": TuningMethod(_wrap_lora, _merge_lora, _save_peft),
-    "qlora": TuningMethod(_wrap_lora, _merge_lora, _save_peft, four_bit=True),
+    "full": TuningMethod(_wrap_full, merge=lambda model, dtype=None: model),
+    "lora": TuningMethod(_wrap_lora, merge_lora, _save_peft),
+    "qlora": TuningMethod(_wrap_lora, merge_lora, _save_peft, four_bit=True),
     "prefix": TuningMethod(_wrap_prefix, save_adapter=_save_peft, virtual_tokens=True),
     "prompt": TuningMethod(_wrap_prompt, save_adapter=_save_peft, virtual_tokens=True),
     "adapter": TuningMethod(_wrap_adapter, save_adapter=save_adapters),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apprentice.models.weights.parameter_source import MemorySource, ParameterSource
+from apprentice.models.weights.rounding import round_merged
 
 LEAST_NUMBERS = 1 << 16  # parameters of fewer numbers are always in memory
 _COMPARED_AT_ONCE = 1 << 22  # elements
@@ -34,6 +35,7 @@ class StreamedWeights:
         self._sources: dict[nn.Parameter, ParameterSource] = {}
         self._formats: dict[nn.Parameter, torch.dtype] = {}  # that values are read and merged in
         self._merges: dict[nn.Parameter, list[Any]] = {}
+        self._places: dict[nn.Parameter, int] = {}  # of merged parameters among each other: seeds of their rounding
         self._uses = Counter[nn.Parameter]()
         self.bytes_read = 0
 
@@ -73,6 +75,7 @@ class StreamedWeights:
 
     def merge_on_read(self, parameter: nn.Parameter, layer: Any) -> None:
         """Merges what peft's `layer` adds to `parameter`: each time that it is read, or now if it is in memory."""
+        self._places.setdefault(parameter, len(self._places))
         if parameter in self._sources:
             self._merges.setdefault(parameter, []).append(layer)
         else:
@@ -86,7 +89,7 @@ class StreamedWeights:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 is_streamed = parameter in self._sources
-                parameter.data = _without_values(parameter, dtype) if is_streamed else parameter.data.to(dtype)
+                parameter.data = _without_values(parameter, dtype) if is_streamed else self._round(parameter, parameter.data, dtype)
         for value in model.state_dict(keep_vars=True).values():
             if not isinstance(value, nn.Parameter) and value.is_floating_point():
                 value.data = value.data.to(dtype)
@@ -108,9 +111,13 @@ class StreamedWeights:
                 values = parameter.data
         finally:
             parameter.data = placeholder
-        values = values.to(placeholder.dtype)
+        values = self._round(parameter, values, placeholder.dtype)
         self._tell_memory(values)
         return values
+
+    def _round(self, parameter: nn.Parameter, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """`values` of `parameter` in `dtype`; where an adapter was merged into them, small changes are not rounded away."""
+        return values.to(dtype) if parameter not in self._places else round_merged(values.float(), dtype, self._places[parameter])
 
     @contextmanager
     def gather_on_use(self, model: nn.Module) -> Iterator[None]:

@@ -140,7 +140,7 @@ class WholeWriter:
     def merge(self) -> None:
         """As in `ModelWriter`."""
         if self._method.merge is not None:
-            merged: nn.Module = self._method.merge(self._model)
+            merged: nn.Module = self._method.merge(self._model, self._dtype)
             self._model = merged.to(self._dtype)
 
     def score_merged(self, examples: Examples) -> Tensor:
