@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import transformers as hf
 
+from apprentice.models.attention.segments import SEGMENTS, register_segments
+from apprentice.models.attention.t5_segments import T5_SEGMENTS, register_t5_segments
 from apprentice.models.loading import resolve_dtype
-from apprentice.models.segments import SEGMENTS, register_segments
-from apprentice.models.t5_segments import T5_SEGMENTS, register_t5_segments
 from apprentice.recipe import Training
 from apprentice.train.batch import PackedRows, RowFacts
 from apprentice.train.losses.loss_registry import create_loss

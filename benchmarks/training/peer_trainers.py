@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from apprentice.models.attention import PackedCompute
+from apprentice.models.attention.backend_choice import PackedCompute
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.hub import local_folder

@@ -18,7 +18,7 @@ import transformers as hf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apprentice.models.attention import PackedCompute
+from apprentice.models.attention.backend_choice import PackedCompute
 from apprentice.models.loading import load_model
 from apprentice.train.batch import MicroBatch, PackedRows, move_batch
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from apprentice.models.attention import PackedCompute
+from apprentice.models.attention.backend_choice import PackedCompute
 from apprentice.models.loading import load_model
 from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameters
 from apprentice.recipe import Training, Tuning

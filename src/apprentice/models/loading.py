@@ -1,6 +1,6 @@
 """Model loading: base weights or an exported run to a causal, sequence-to-sequence or reward model in memory.
 
-`dtype: auto` is the number format that the hardware multiplies fast; how the attention is chosen is in `attention.py`.
+`dtype: auto` is the number format that the hardware multiplies fast; how the attention is chosen is in `attention/`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from apprentice.errors import ModelError, RecipeError
-from apprentice.models.attention import PackedCompute, check_shared_rows, choose_attention
+from apprentice.models.attention.backend_choice import PackedCompute, check_shared_rows, choose_attention
 from apprentice.models.compat import config_of_class, keep_weights_as_stored, model_class_of, set_implementations
 from apprentice.models.tuning import bottleneck as adapters
 from apprentice.models.weights.safetensors_reader import read_header, weight_files

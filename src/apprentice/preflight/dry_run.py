@@ -18,7 +18,7 @@ import torch
 from apprentice.data.encoding.tokenize import CUT_EXEMPLARS, CUT_INPUT, CUT_TURNS, LAST_TURN_ONLY
 from apprentice.data.stream import Corpus, estimate_steps, render_window
 from apprentice.errors import DataError, ModelError
-from apprentice.models.attention import PackedCompute
+from apprentice.models.attention.backend_choice import PackedCompute
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.hub import local_folder

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from apprentice.inference.compat import using_attention
-from apprentice.models.attention import PackedCompute, choose_attention
+from apprentice.models.attention.backend_choice import PackedCompute, choose_attention
 
 
 @contextmanager

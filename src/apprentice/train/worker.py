@@ -17,7 +17,7 @@ from torch import nn
 from apprentice.errors import ModelError, TrainingError
 from apprentice.models.acceleration.compilation import LENGTHS, compile_layers
 from apprentice.models.acceleration.kernels import use_kernels
-from apprentice.models.attention import PackedCompute
+from apprentice.models.attention.backend_choice import PackedCompute
 from apprentice.models.loading import check_dtype, count_parameters, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS, check_tuning, count_trainable
 from apprentice.pretrained.architecture import family_of

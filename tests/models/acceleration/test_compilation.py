@@ -10,7 +10,7 @@ import torch
 
 from apprentice.errors import ModelError
 from apprentice.models.acceleration.compilation import compile_layers
-from apprentice.models.segments import register_segments
+from apprentice.models.attention.segments import register_segments
 from apprentice.recipe import Training
 from apprentice.train.batch import PackedRows
 from apprentice.train.engine.activation_checkpointing import enable_activation_checkpointing

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, MistralConfig
 
-from apprentice.models.attention import PackedCompute, choose_attention
+from apprentice.models.attention.backend_choice import PackedCompute, choose_attention
 from apprentice.models.compat import model_class_of, set_implementations
 from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
 from apprentice.recipe import Training, Tuning

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from apprentice.models.attention import PackedCompute
+from apprentice.models.attention.backend_choice import PackedCompute
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from apprentice.train import worker

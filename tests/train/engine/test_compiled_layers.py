@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from apprentice.models.acceleration.compilation import LENGTHS, compile_layers
-from apprentice.models.segments import register_segments
+from apprentice.models.attention.segments import register_segments
 from apprentice.recipe import Training
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from tests.support.process_group import join_group

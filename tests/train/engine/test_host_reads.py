@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apprentice.models import varlen
+from apprentice.models.attention import varlen
 from apprentice.recipe import Training
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from tests.support.process_group import join_group

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
 
-from apprentice.models import varlen
-from apprentice.models.segments import register_segments
+from apprentice.models.attention import varlen
+from apprentice.models.attention.segments import register_segments
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Training, Tuning
 from apprentice.train.batch import PackedRows
@@ -23,7 +23,7 @@ from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.target_losses import TargetLosses
 from apprentice.train.sequence_bounds import SequenceBounds
 from tests.models.architectures import CAUSAL, made
-from tests.models.varlen_stand_in import varlen_attn
+from tests.models.attention.varlen_stand_in import varlen_attn
 from tests.train import encoder_decoder_rows
 from tests.train.preference_rows import pair_rows
 from tests.train.rows import packed_rows, reply_rows

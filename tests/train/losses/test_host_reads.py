@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from apprentice.models import varlen
-from apprentice.models.t5_segments import register_t5_segments
+from apprentice.models.attention import varlen
+from apprentice.models.attention.t5_segments import register_t5_segments
 from apprentice.recipe import Training
 from apprentice.train.batch import PackedRows
 from apprentice.train.losses import target_losses

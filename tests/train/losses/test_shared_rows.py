@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from apprentice.inference.compat import using_attention
-from apprentice.models.ulysses import ULYSSES, register_ulysses
+from apprentice.models.attention.ulysses import ULYSSES, register_ulysses
 from apprentice.train.batch import SupervisedBatch
 from apprentice.train.engine.sequence_group import cut_batch
 from apprentice.train.losses.sft import SupervisedLoss

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from apprentice.errors import ModelError
-from apprentice.models import t5_segments
-from apprentice.models.t5_segments import register_t5_segments
+from apprentice.models.attention import t5_segments
+from apprentice.models.attention.t5_segments import register_t5_segments
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Training, Tuning
 from apprentice.train.batch import PackedRows, Seq2SeqBatch

@@ -14,7 +14,7 @@ import torch
 
 from apprentice.errors import ModelError
 from apprentice.models import compat
-from apprentice.models.segments import SEGMENTS, segment_attention
+from apprentice.models.attention.segments import SEGMENTS, segment_attention
 from apprentice.models.tuning.experts import count_experts
 
 LENGTHS = 4  # to which rows are padded: quarters of a packed row

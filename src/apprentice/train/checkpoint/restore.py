@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apprentice.models.attention import PackedCompute
+from apprentice.models.attention.backend_choice import PackedCompute
 from apprentice.models.loading import load_model
 from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
 from apprentice.models.weights.splitter import GatheringSplitter

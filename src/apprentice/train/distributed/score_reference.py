@@ -25,7 +25,7 @@ from apprentice.data.window import WindowRenderer
 from apprentice.model_pool.actors import reserve_memory
 from apprentice.model_pool.device import reserved_device
 from apprentice.model_pool.model import weight_bytes
-from apprentice.models.attention import PackedCompute
+from apprentice.models.attention.backend_choice import PackedCompute
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.architecture import vocabulary_size

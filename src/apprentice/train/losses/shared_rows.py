@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apprentice.models.ulysses import SharedSequence
+from apprentice.models.attention.ulysses import SharedSequence
 from apprentice.train.batch import SequencePart
 from apprentice.train.losses.chunked_cross_entropy import TargetPlaces
 from apprentice.train.losses.objective_loss import ObjectiveLoss

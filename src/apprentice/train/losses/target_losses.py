@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from apprentice.errors import RecipeError
-from apprentice.models.attention import is_flat
-from apprentice.models.t5_segments import T5_SEGMENTS, add_bias_by_distance
+from apprentice.models.attention.backend_choice import is_flat
+from apprentice.models.attention.t5_segments import T5_SEGMENTS, add_bias_by_distance
 from apprentice.train.batch import Seq2SeqBatch, target_places
 from apprentice.train.compat import attention_name
 from apprentice.train.losses.chunked_cross_entropy import (

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
 from apprentice.errors import ModelError
-from apprentice.models.attention import PackedCompute, choose_attention, has_masks
+from apprentice.models.attention.backend_choice import PackedCompute, choose_attention, has_masks
 from apprentice.models.loading import read_config
 from apprentice.models.tuning.experts import active_share
 from apprentice.models.tuning.methods import TUNING_METHODS

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from apprentice.errors import ModelError
-from apprentice.models.segments import segment_attention
-from apprentice.models.varlen import common_dtype, has_varlen, varlen_attention
+from apprentice.models.attention.segments import segment_attention
+from apprentice.models.attention.varlen import common_dtype, has_varlen, varlen_attention
 
 ULYSSES = "ulysses"  # name of the attention function in transformers
 _NARROW = (torch.bfloat16, torch.float16)  # all that PyTorch's varlen kernel multiplies

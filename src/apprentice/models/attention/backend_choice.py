@@ -22,10 +22,10 @@ import torch
 
 from apprentice.errors import ModelError
 from apprentice.models import compat
-from apprentice.models.segments import SEGMENTS, register_segments
-from apprentice.models.t5_segments import T5_SEGMENTS, TYPES, register_t5_segments
-from apprentice.models.ulysses import ULYSSES, register_ulysses
-from apprentice.models.varlen import VARLEN, has_varlen, register_varlen
+from apprentice.models.attention.segments import SEGMENTS, register_segments
+from apprentice.models.attention.t5_segments import T5_SEGMENTS, TYPES, register_t5_segments
+from apprentice.models.attention.ulysses import ULYSSES, register_ulysses
+from apprentice.models.attention.varlen import VARLEN, has_varlen, register_varlen
 from apprentice.pretrained.architecture import mixing_obstacle
 
 FLEX = "flex_attention"

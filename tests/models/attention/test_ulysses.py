@@ -11,10 +11,10 @@ from transformers import AutoConfig, GraniteSWAForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from apprentice.errors import ModelError
-from apprentice.models import varlen
-from apprentice.models.attention import PackedCompute, check_shared_rows, choose_attention, is_flat
-from apprentice.models.ulysses import ULYSSES, ulysses_attention
-from apprentice.models.varlen import varlen_attention
+from apprentice.models.attention import varlen
+from apprentice.models.attention.backend_choice import PackedCompute, check_shared_rows, choose_attention, is_flat
+from apprentice.models.attention.ulysses import ULYSSES, ulysses_attention
+from apprentice.models.attention.varlen import varlen_attention
 from tests.models import varlen_stand_in
 from tests.models.architectures import made
 

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from apprentice.errors import ModelError
-from apprentice.models import segments
-from apprentice.models.segments import segment_attention
+from apprentice.models.attention import segments
+from apprentice.models.attention.segments import segment_attention
 
 LAYER: Any = SimpleNamespace(is_causal=True)
 SIZES = [3, 1, 4, 2]

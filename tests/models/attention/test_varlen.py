@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from apprentice.errors import ModelError
-from apprentice.models import varlen
-from apprentice.models.varlen import has_varlen, varlen_attention
+from apprentice.models.attention import varlen
+from apprentice.models.attention.varlen import has_varlen, varlen_attention
 from tests.models import varlen_stand_in
 
 LAYER: Any = SimpleNamespace(is_causal=True)

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from apprentice.errors import ModelError
-from apprentice.models import attention, compat, varlen
-from apprentice.models.attention import PackedCompute, choose_attention, has_masks, is_flat
+from apprentice.models import compat
+from apprentice.models.attention import varlen
+from apprentice.models.attention.backend_choice import PackedCompute, choose_attention, has_masks, is_flat
 from apprentice.models.loading import load_model
 from tests.models.architectures import CAUSAL, MIXING, SEQ2SEQ, made
 
@@ -229,4 +230,4 @@ def test_transformers_says_what_a_class_supports(name: str) -> None:
     assert compat.attention_support(model_class) == (name != "t5", True, name != "gemma2", name != "t5")
     assert compat.attention_support(None) == (False, False, False, False)
     assert compat.model_class_of(loader, AutoConfig.for_model("clip")) is None
-    assert attention.FLEX == "flex_attention"
+    assert backend_choice.FLEX == "flex_attention"

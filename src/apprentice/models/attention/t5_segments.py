@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from apprentice.errors import ModelError
-from apprentice.models.segments import cut_into_segments, join_segments
+from apprentice.models.attention.segments import cut_into_segments, join_segments
 
 BLOCK = 256  # queries of an example that are computed at once
 T5_SEGMENTS = "t5_segments"  # name of the attention function in transformers
