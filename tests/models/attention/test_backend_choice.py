@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from apprentice.errors import ModelError
 from apprentice.models import compat
-from apprentice.models.attention import varlen
+from apprentice.models.attention import backend_choice, varlen
 from apprentice.models.attention.backend_choice import PackedCompute, choose_attention, has_masks, is_flat
 from apprentice.models.loading import load_model
 from tests.models.architectures import CAUSAL, MIXING, SEQ2SEQ, made

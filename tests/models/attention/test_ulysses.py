@@ -15,8 +15,8 @@ from apprentice.models.attention import varlen
 from apprentice.models.attention.backend_choice import PackedCompute, check_shared_rows, choose_attention, is_flat
 from apprentice.models.attention.ulysses import ULYSSES, ulysses_attention
 from apprentice.models.attention.varlen import varlen_attention
-from tests.models import varlen_stand_in
 from tests.models.architectures import made
+from tests.models.attention import varlen_stand_in
 
 LAYER: Any = SimpleNamespace(is_causal=True)
 BOUNDS: dict[str, Any] = {"cu_seq_lens_q": torch.tensor([0, 3, 4, 10], dtype=torch.int32), "max_length_q": 6}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from apprentice.errors import ModelError
 from apprentice.models.attention import varlen
 from apprentice.models.attention.varlen import has_varlen, varlen_attention
-from tests.models import varlen_stand_in
+from tests.models.attention import varlen_stand_in
 
 LAYER: Any = SimpleNamespace(is_causal=True)
 STARTS = torch.tensor([0, 3, 4, 10], dtype=torch.int32)
