@@ -61,6 +61,8 @@ class ScriptedEngine:
         self.open = self.most = 0
         self.closed = False
 
+    follows_any_constraint = True
+
     context = 100
 
     capacity = 8

@@ -68,6 +68,7 @@ class Layout:
     version: int = LAYOUT_VERSION
     control_tokens: tuple[str, ...] = ()
     reasoning: Reasoning | None = None
+    effort: str = ""  # how much replies are to think, for chat templates that read `reasoning_effort`; empty: none is passed
     day: str | None = None  # today's date for chat templates in version 1 (`YYYY-MM-DD`); None: the system clock's
 
     def __post_init__(self) -> None:
@@ -164,6 +165,7 @@ class Layout:
     def _rendered(self, messages: Sequence[Mapping[str, Any]], *, generate: bool, parts: bool = False, **variables: Any) -> str:
         """The chat template's text for these messages, unescaped; with `parts`, contents are lists of one text part."""
         variables |= {"quality": self.quality} if self.quality else {}
+        variables |= {"reasoning_effort": self.effort} if self.effort else {}
         day = self.date if self.version > 1 else self.day
         now = datetime.fromisoformat(day) if day is not None else None
         shaped = [dict(one, content=[{"type": "text", "text": one["content"]}]) if parts else dict(one) for one in messages]

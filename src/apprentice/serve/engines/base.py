@@ -58,7 +58,12 @@ class TokenStream(Protocol):
 
 
 class Engine(Protocol):
-    """An inference engine. All methods but `load_adapter` are called from one event loop."""
+    """An inference engine. All methods but `load_adapter` are called from one event loop.
+
+    `follows_any_constraint` is true if a request's constraint may be of any kind, and not only a `GrammarConstraint`.
+    """
+
+    follows_any_constraint: bool
 
     @property
     def context(self) -> int:

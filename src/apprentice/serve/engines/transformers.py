@@ -47,6 +47,8 @@ class TransformersEngine:
     decoded.
     """
 
+    follows_any_constraint = True
+
     def __init__(
         self,
         folder: Path,

@@ -58,6 +58,8 @@ class VllmEngine:
     `ModelError` if vLLM does not start.
     """
 
+    follows_any_constraint = False  # vLLM's own processes follow grammars
+
     def __init__(
         self,
         folder: Path,

@@ -6,6 +6,7 @@ An engine asks a `GrammarConstraint` which tokens may come next, and reports to 
 from __future__ import annotations
 
 import json
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -48,10 +49,15 @@ class GrammarCompiler:
         )
         return str(llguidance.LLMatcher.grammar_from_lark(lark))
 
-    @staticmethod
-    def grammar_of(body: GenerationFields) -> str:
-        """Grammar, as llguidance's text, of a reply that `is_constrained`; takes milliseconds, so not in an event loop."""
+    def grammar_of(self, body: GenerationFields, reader: PartReader | None) -> str:
+        """Grammar, as llguidance's text, of a reply that `is_constrained`; takes milliseconds, so not in an event loop.
+
+        Where replies begin with a thought (`reader`), the form is that of the answer behind it.
+        """
         matcher = llguidance.LLMatcher
+        if reader is not None and reader.layout.leaves_thoughts:
+            rules = ToolGrammar(reader.layout).opening(is_in_thought=reader.is_in_thought)
+            return str(matcher.grammar_from_lark("\n".join([*rules, f"reply: {_form_term(body)}"])))
         if (response_format := body.response_format) is not None:
             schema = response_format.json_schema.schema_ if response_format.json_schema is not None else {"type": "object"}
             return str(matcher.grammar_from_json_schema(json.dumps(schema)))
@@ -75,6 +81,20 @@ class GrammarCompiler:
         if matcher.is_error():
             raise RequestProblem(f"the form of the reply cannot be followed: {_reason(matcher)}.", code="invalid_form")
         return GrammarConstraint(matcher, tokenizer.vocab_size, stop_ids, grammar)
+
+
+def _form_term(body: GenerationFields) -> str:
+    """The form of a reply as a term of a Lark grammar."""
+    outputs, response_format = body.structured_outputs, body.response_format
+    if outputs is None or outputs.json_ is not None:
+        schema: Any = {"type": "object"} if outputs is None else outputs.json_
+        if response_format is not None and response_format.json_schema is not None:
+            schema = response_format.json_schema.schema_
+        return f"%json {json.dumps(schema)}"
+    if outputs.choice is not None:
+        return " | ".join(json.dumps(text, ensure_ascii=False) for text in outputs.choice)
+    slashes = re.sub(r"(\\.)|/", lambda match: match[1] or r"\/", str(outputs.regex))
+    return f"/{slashes}/"
 
 
 def _reason(matcher: Any) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from apprentice.errors import ChatTemplateError
 from apprentice.inference.generation_request import GenerationRequest, Sampling
 from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.api.schemas.requests import (
+    EFFORTS,
     ChatRequest,
     CompletionRequest,
     GenerationFields,
@@ -80,9 +82,14 @@ class PromptEncoder:
 
     def encode_chat(self, body: ChatRequest) -> list[EncodedPrompt]:
         """A conversation under the chat template; in a format without turns, one user message, which is the instruction."""
-        if body.enables_thinking is not None and body.enables_thinking != self.layout.leaves_thoughts:
-            body = body.model_copy(update={"chat_template_kwargs": None})
-            return self._with_other_thoughts.encode_chat(body)
+        if (encoder := self._for_thoughts_of(body)) is not self:
+            return encoder.encode_chat(body.model_copy(update={"chat_template_kwargs": None, "reasoning_effort": None}))
+        if body.thinking_token_budget is not None and not self.layout.leaves_thoughts:
+            raise RequestProblem(
+                "`thinking_token_budget`: replies of this model begin with no thought; leave it out, or set"
+                " `chat_template_kwargs.enable_thinking`.",
+                param="thinking_token_budget",
+            )
         max_tokens = body.max_completion_tokens or body.max_tokens
         tools = body.offered_tools
         text, ids = self._conversation(body.messages, tools)
@@ -93,6 +100,34 @@ class PromptEncoder:
             requests = tuple(replace(request, stop_ids=frozenset(self.layout.call_stop_ids)) for request in requests)
         is_in_thought = self.layout.leaves_thoughts and self.layout.reply_syntax.is_in_thought(text)
         return [EncodedPrompt(requests, reader=PartReader(self.layout, tuple(tools), is_in_thought))]
+
+    def _for_thoughts_of(self, body: ChatRequest) -> PromptEncoder:
+        """The encoder for what `body` says of thoughts: whether there are any, and with how much effort."""
+        is_on, effort = body.enables_thinking, body.effort
+        if effort == "none":
+            if is_on:
+                raise RequestProblem(
+                    "`reasoning_effort` none and `enable_thinking` true contradict each other; leave one of them out.",
+                    param="reasoning_effort",
+                )
+            is_on, effort = False, None
+        encoder = self if is_on in (None, self.layout.leaves_thoughts) else self._with_other_thoughts
+        return encoder if effort is None else encoder._by_effort[effort]
+
+    @cached_property
+    def _by_effort(self) -> Mapping[str, PromptEncoder]:
+        """An encoder for each effort. Raises `RequestProblem` where the chat template reads none."""
+        encoders = {name: replace(self, layout=replace(self.layout, effort=name)) for name in EFFORTS}
+        asked = [{"role": "user", "content": "a"}]
+        texts = set[str]()
+        for encoder in encoders.values() if self.layout.name == "chat" else ():
+            with suppress(ChatTemplateError):  # of an effort that the template refuses
+                texts.add(encoder.layout.chat_prompt(asked))
+        if len(texts) < 2:
+            raise RequestProblem(
+                "`reasoning_effort`: this model's chat template reads none; leave it out.", param="reasoning_effort"
+            )
+        return encoders
 
     @cached_property
     def _with_other_thoughts(self) -> PromptEncoder:

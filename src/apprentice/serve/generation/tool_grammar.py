@@ -54,7 +54,7 @@ class ToolGrammar:
         one = f"({' | '.join(names)})"
         several = f"({self._text(calls.between)} {one})*" if is_parallel and calls.is_parallel else ""
         rest = f"{one} {several} {self._text(calls.end)}"
-        rules = self._opening(is_in_thought)
+        rules = self.opening(is_in_thought=is_in_thought)
         if must_call:
             rules += [f"reply: {self._text(begin)} {rest}"]
         else:
@@ -67,7 +67,7 @@ class ToolGrammar:
             rules += [f"{name}_arguments: %json {json.dumps(schema)}"]
         return "\n".join(rules)
 
-    def _opening(self, is_in_thought: bool) -> list[str]:
+    def opening(self, *, is_in_thought: bool) -> list[str]:
         """Rules of a reply's beginning: its thought, if it has one, and then `reply`."""
         thoughts = self._layout.reply_syntax.thoughts
         if thoughts is None or not (is_in_thought or self._layout.leaves_thoughts):

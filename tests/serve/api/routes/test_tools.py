@@ -277,3 +277,26 @@ async def test_thoughts_come_apart_from_the_answer(layout: Layout) -> None:
     assert "this model's chat template has no thoughts; leave it out" in response.json()["error"]["message"]
     response, _ = await post(layout, text, ask | {"chat_template_kwargs": {"colour": 1}})
     assert response.status_code == 400
+
+
+OPENED = THINKING.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")  # prompts end within a thought
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("form", [{"response_format": {"type": "json_object"}}, {"structured_outputs": {"choice": ["yes", "a/b"]}}])
+@pytest.mark.parametrize("template", [THINKING, OPENED])
+async def test_a_form_is_that_of_the_answer_behind_the_thought(layout: Layout, template: str, form: dict[str, Any]) -> None:
+    trained = Layout("chat", layout.tokenizer.with_template(template), reasoning="train")
+    thought = "It {is} far.\n</think>\n\n"
+    answer = '{"a": 1}' if "response_format" in form else "a/b"
+    text = ("" if template == OPENED else "<think>\n") + thought + answer
+    response, engine = await post(trained, text, {"messages": ASK["messages"]} | form)
+    assert response.json()["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": answer,
+        "reasoning_content": "It {is} far.",
+    }
+    (request,) = engine.requests
+    for id in [*layout.tokenizer.encode(text), layout.stop_ids[0]]:
+        assert request.constraint.allowed()[id]
+        request.constraint.accept(id)

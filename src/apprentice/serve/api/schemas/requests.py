@@ -1,15 +1,15 @@
 """Schemas of request bodies: OpenAI's completions and chat completions, and our own.
 
 Fields that are not in these models are refused by name. `temperature` defaults to 0 (OpenAI: 1), so that replies can be reproduced.
-One field is ours: `ignore_eos` goes on past the model's own end, for benchmarks. Two are vLLM's: `return_token_ids` adds the ids of
-prompt and reply, `structured_outputs` constrains the reply's form.
+One field is ours: `ignore_eos` goes on past the model's own end, for benchmarks. Three are vLLM's: `return_token_ids` adds the ids
+of prompt and reply, `structured_outputs` constrains the reply's form, `thinking_token_budget` is the most tokens of a thought.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -226,10 +226,15 @@ class Message(StrictFields):
         return {"role": self.speaker, "content": self.text} | {key: value for key, value in more.items() if value is not None}
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]  # OpenAI's words
+EFFORTS: tuple[str, ...] = get_args(Effort)[1:]  # those that a chat template may read
+
+
 class TemplateVariables(StrictFields):
-    """vLLM's `chat_template_kwargs`, the one that is known here: whether a reply may begin with a thought."""
+    """vLLM's `chat_template_kwargs`, those that are known here: whether a reply begins with a thought, and how much it thinks."""
 
     enable_thinking: bool | None = None
+    reasoning_effort: Effort | None = None
 
 
 class ChatRequest(GenerationFields):
@@ -240,6 +245,8 @@ class ChatRequest(GenerationFields):
     tools: Annotated[list[Tool], bounded_list(MOST_TOOLS)] = Field(default_factory=list)
     tool_choice: ToolChoice = "auto"
     chat_template_kwargs: TemplateVariables | None = None
+    reasoning_effort: Effort | None = Field(None, description="As in `chat_template_kwargs`.")
+    thinking_token_budget: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     parallel_tool_calls: bool = True
     max_completion_tokens: TokenCount | None = None
     logprobs: bool = False
@@ -288,6 +295,12 @@ class ChatRequest(GenerationFields):
     def enables_thinking(self) -> bool | None:
         """Whether the reply may begin with a thought; None: as the model was trained."""
         return None if self.chat_template_kwargs is None else self.chat_template_kwargs.enable_thinking
+
+    @property
+    def effort(self) -> str | None:
+        """How much the reply is to think, in the chat template's words; None: as the template does by itself."""
+        inner = None if self.chat_template_kwargs is None else self.chat_template_kwargs.reasoning_effort
+        return self.reasoning_effort or inner
 
     @property
     def must_call(self) -> bool:

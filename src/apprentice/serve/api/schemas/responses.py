@@ -36,6 +36,12 @@ class PromptTokensDetails(ResponseBody):
     cached_tokens: int
 
 
+class CompletionTokensDetails(ResponseBody):
+    """`reasoning_tokens` of the replies are their thoughts, with the texts around them."""
+
+    reasoning_tokens: int
+
+
 class Usage(ResponseBody):
     """Prompt tokens and produced tokens, the end token included."""
 
@@ -43,15 +49,18 @@ class Usage(ResponseBody):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
 
     @classmethod
-    def of(cls, prompt: int, completion: int, cached: int = 0) -> Self:
-        """The usage of `prompt` and `completion` tokens, `cached` of the prompt's from the KV cache."""
+    def of(cls, prompt: int, completion: int, cached: int = 0, thoughts: int = 0) -> Self:
+        """The usage of `prompt` and `completion` tokens, `cached` of the prompt's from the KV cache, `thoughts` of the replies'."""
+        more = {"completion_tokens_details": CompletionTokensDetails(reasoning_tokens=thoughts)} if thoughts else {}
         return cls(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+            **more,
         )
 
 

@@ -38,7 +38,8 @@ class ReplyGroup:
         first_of_prompts = self.replies[:: len(self.replies) // self._prompts]
         prompt_tokens = sum(len(reply.request.prompt) for reply in first_of_prompts)
         cached = sum(reply.cached for reply in first_of_prompts)
-        return Usage.of(prompt_tokens, sum(len(reply.ids) for reply in self.replies), cached)
+        thoughts = sum(reply.thought_tokens for reply in self.replies)
+        return Usage.of(prompt_tokens, sum(len(reply.ids) for reply in self.replies), cached, thoughts)
 
     async def close(self, status: int) -> None:
         """Ends all replies and the account; `status` is the HTTP status that is counted."""

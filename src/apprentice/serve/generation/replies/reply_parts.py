@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,16 @@ class PartReader:
     def parser(self) -> ReplyParser:
         """A parser of one reply."""
         return ReplyParser(self.layout.reply_syntax, self.tools, is_in_thought=self.is_in_thought)
+
+    def thought_tokens(self, ids: Sequence[int]) -> int:
+        """How many of a reply's tokens are its thought, with the texts around it."""
+        thoughts, decode = self.layout.reply_syntax.thoughts, self.decode()
+        if thoughts is None or not self.layout.leaves_thoughts:
+            return 0
+        if not self.is_in_thought and not decode(ids).lstrip().startswith(thoughts.opening.strip()):
+            return 0
+        closing = thoughts.closing.strip()
+        return bisect_left(range(len(ids)), True, key=lambda end: closing in decode(ids[: end + 1])) + (closing in decode(ids))
 
     def decode(self) -> Callable[[Sequence[int]], str]:
         """Decoder of token ids that keeps the special tokens by which parts are told apart, and the others out."""

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from apprentice.serve.api.error_status import status_of
 from apprentice.serve.api.limits.accounts import Account
+from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.api.schemas.requests import ChatRequest, GenerationFields
 from apprentice.serve.generation.grammar import GrammarCompiler
 from apprentice.serve.generation.prompt_encoding import EncodedPrompt, PromptEncoder
@@ -19,6 +20,7 @@ from apprentice.serve.generation.replies.reply_formats import CompletionFormat, 
 from apprentice.serve.generation.replies.reply_group import ReplyGroup
 from apprentice.serve.generation.replies.streams import ReplyChunk, ReplyStream
 from apprentice.serve.generation.served_models import ServedModel
+from apprentice.serve.generation.thought_budget import ThoughtBudget
 
 
 class ReplyService:
@@ -109,9 +111,24 @@ class ReplyService:
     async def _constrained(self, body: GenerationFields, prompts: Sequence[EncodedPrompt]) -> Sequence[EncodedPrompt]:
         """The prompts, with a constraint for each of their requests if the body asks for a form of the reply."""
         has_tools = isinstance(body, ChatRequest) and bool(body.offered_tools)
-        if not body.is_constrained and not has_tools:
-            return prompts
-        return [await asyncio.to_thread(self._constrain, body, prompt) for prompt in prompts]
+        if body.is_constrained or has_tools:
+            prompts = [await asyncio.to_thread(self._constrain, body, prompt) for prompt in prompts]
+        budget = body.thinking_token_budget if isinstance(body, ChatRequest) else None
+        return prompts if budget is None else [self._with_budget(prompt, budget) for prompt in prompts]
+
+    def _with_budget(self, prompt: EncodedPrompt, budget: int) -> EncodedPrompt:
+        """The prompt, whose replies' thoughts have at most `budget` tokens."""
+        engine, reader = self._model.engine, prompt.reader
+        assert reader is not None, "replies with thoughts are read"
+        if not engine.follows_any_constraint:
+            raise RequestProblem(
+                "`thinking_token_budget`: the engine of this endpoint cannot bound thoughts; leave it out, or set `max_tokens`.",
+                param="thinking_token_budget",
+            )
+        requests = (
+            replace(one, constraint=ThoughtBudget(reader, budget, engine.vocabulary, one.constraint)) for one in prompt.requests
+        )
+        return replace(prompt, requests=tuple(requests))
 
     def _constrain(self, body: GenerationFields, prompt: EncodedPrompt) -> EncodedPrompt:
         """The prompt, with a constraint for each of its requests; takes milliseconds, so not in an event loop."""
@@ -119,7 +136,7 @@ class ReplyService:
         if isinstance(body, ChatRequest) and prompt.reader is not None and prompt.reader.tools:
             grammar = grammars.tool_grammar_of(body, prompt.reader)
         else:
-            grammar = grammars.grammar_of(body)
+            grammar = grammars.grammar_of(body, prompt.reader)
         if grammar is None:
             return prompt
         first, *others = prompt.requests  # they differ in their seeds only

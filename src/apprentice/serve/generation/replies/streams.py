@@ -64,6 +64,7 @@ class ReplyStream:
     finish: str = "length"
     ids: list[int] = field(default_factory=list)  # all that were produced, the end token included
     cached: int = 0  # tokens of the prompt that were in the KV cache
+    thought_tokens: int = 0  # of `ids`, once the reply has ended
     _has_calls: bool = False
 
     async def chunks(self) -> AsyncGenerator[ReplyChunk, None]:
@@ -84,6 +85,7 @@ class ReplyStream:
                 if has_ended:
                     chunk.text += "" if self.is_only_scored else detokenizer.end()
                     chunk.finish = self.finish
+                    self.thought_tokens = 0 if self.reader is None else self.reader.thought_tokens(self.ids)
                 if parser is not None:
                     self._read(chunk, parser)
                 yield chunk
