@@ -54,12 +54,19 @@ class ToolGrammar:
         one = f"({' | '.join(names)})"
         several = f"({self._text(calls.between)} {one})*" if is_parallel and calls.is_parallel else ""
         rest = f"{one} {several} {self._text(calls.end)}"
-        rules = self.opening(is_in_thought=is_in_thought)
+        opening = None if must_call else self._opening_text(is_in_thought)
+        rules = self.opening(is_in_thought=is_in_thought, thoughtless="reply" if opening is None else "thoughtless")
         if must_call:
             rules += [f"reply: {self._text(begin)} {rest}"]
         else:
             behind = self._text(begin[begin.index(trigger) + len(trigger) :])
             rules += [f"reply: FREE | trigger {behind} {rest}", self._until("trigger", trigger), self._without("FREE", trigger)]
+            if opening is not None:
+                rules += [
+                    f"thoughtless: FREE_AT_ONCE | trigger_at_once {behind} {rest}",
+                    self._until("trigger_at_once", trigger, opening),
+                    self._without("FREE_AT_ONCE", trigger, opening),
+                ]
         for name, tool in zip(names, tools, strict=True):
             head = calls.opening + tool.function.name + calls.middle
             schema = {"type": "object", **tool.function.parameters, "x-guidance": _SPACING}
@@ -67,15 +74,23 @@ class ToolGrammar:
             rules += [f"{name}_arguments: %json {json.dumps(schema)}"]
         return "\n".join(rules)
 
-    def opening(self, *, is_in_thought: bool) -> list[str]:
-        """Rules of a reply's beginning: its thought, if it has one, and then `reply`."""
+    def opening(self, *, is_in_thought: bool, thoughtless: str = "reply") -> list[str]:
+        """Rules of a reply's beginning: its thought, if it has one, and then `reply`; `thoughtless` is the rule of one without."""
         thoughts = self._layout.reply_syntax.thoughts
         if thoughts is None or not (is_in_thought or self._layout.leaves_thoughts):
             return ["start: reply"]
         start = "thought SPACE reply"
         if not is_in_thought:
-            start = f"reply | {self._text(thoughts.opening.strip())} {start}"
+            start = f"{thoughtless} | {self._text(thoughts.opening.strip())} {start}"
         return [f"start: {start}", self._until("thought", thoughts.closing.strip()), "SPACE: /[ \\n]{0,4}/"]
+
+    def _opening_text(self, is_in_thought: bool) -> str | None:
+        """The text that opens a thought, where a reply that begins with it could be taken for one without a thought."""
+        thoughts = self._layout.reply_syntax.thoughts
+        if thoughts is None or is_in_thought or not self._layout.leaves_thoughts:
+            return None
+        opening = thoughts.opening.strip()
+        return None if self._pattern.match(opening) else opening
 
     def _text(self, text: str) -> str:
         """`text` as terms of a grammar, special tokens by their ids; empty for an empty text."""
@@ -88,15 +103,18 @@ class ToolGrammar:
         terms += [json.dumps(text[position:])] if text[position:] else []
         return " ".join(terms)
 
-    def _until(self, name: str, marker: str) -> str:
-        """Rule of any text up to `marker` and with it."""
+    def _until(self, name: str, marker: str, opening: str | None = None) -> str:
+        """Rule of any text up to `marker` and with it; the text does not begin with `opening`."""
+        other = "" if opening is None else f" & ~/{_escaped(opening)}(?s:.*)/"
         if self._pattern.match(marker):
-            return f"{name}: {_ANY} {self._text(marker)}"
-        return f"{name}[lazy]: /(?s:.*){_escaped(marker)}/"
+            terminal = f"{name.upper()}_TEXT"
+            return f"{name}: {terminal} {self._text(marker)}\n{terminal}: {_ANY}{other}"
+        return f"{name}[lazy]: /(?s:.*){_escaped(marker)}/{other}"
 
-    def _without(self, name: str, marker: str) -> str:
-        """Rule of any text without `marker`."""
-        return f"{name}: {_ANY}" + ("" if self._pattern.match(marker) else f" & ~/(?s:.*){_escaped(marker)}(?s:.*)/")
+    def _without(self, name: str, marker: str, opening: str | None = None) -> str:
+        """Rule of any text without `marker`, which does not begin with `opening`."""
+        other = "" if opening is None else f" & ~/{_escaped(opening)}(?s:.*)/"
+        return f"{name}: {_ANY}{other}" + ("" if self._pattern.match(marker) else f" & ~/(?s:.*){_escaped(marker)}(?s:.*)/")
 
 
 def _escaped(text: str) -> str:

@@ -300,3 +300,19 @@ async def test_a_form_is_that_of_the_answer_behind_the_thought(layout: Layout, t
     for id in [*layout.tokenizer.encode(text), layout.stop_ids[0]]:
         assert request.constraint.allowed()[id]
         request.constraint.accept(id)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("template", [THINKING, OPENED])
+async def test_a_thought_that_mentions_a_call_forces_none(layout: Layout, template: str) -> None:
+    trained = Layout("chat", layout.tokenizer.with_template(template), reasoning="train")
+    for answer in ("Hello.", CALL):
+        text = ("" if template == OPENED else "<think>\n") + "A <tool_call> is\nnot due.\n</think>\n\n" + answer
+        response, engine = await post(trained, text, ASK)
+        message = response.json()["choices"][0]["message"]
+        assert message["reasoning_content"] == "A <tool_call> is\nnot due."
+        assert len(message.get("tool_calls", [])) == (answer == CALL)
+        (request,) = engine.requests
+        for id in [*layout.tokenizer.encode(text), layout.stop_ids[0]]:
+            assert request.constraint.allowed()[id]
+            request.constraint.accept(id)
