@@ -118,11 +118,11 @@ class PromptEncoder:
     def _by_effort(self) -> Mapping[str, PromptEncoder]:
         """An encoder for each effort. Raises `RequestProblem` where the chat template reads none."""
         encoders = {name: replace(self, layout=replace(self.layout, effort=name)) for name in EFFORTS}
-        asked = [{"role": "user", "content": "a"}]
+        question = [{"role": "user", "content": "a"}]
         texts = set[str]()
         for encoder in encoders.values() if self.layout.name == "chat" else ():
             with suppress(ChatTemplateError):  # of an effort that the template refuses
-                texts.add(encoder.layout.chat_prompt(asked))
+                texts.add(encoder.layout.chat_prompt(question))
         if len(texts) < 2:
             raise RequestProblem(
                 "`reasoning_effort`: this model's chat template reads none; leave it out.", param="reasoning_effort"
