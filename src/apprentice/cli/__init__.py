@@ -13,6 +13,7 @@ import typer
 
 from apprentice import __version__
 from apprentice.cli import (
+    board_commands,
     cluster_commands,
     contract_commands,
     data_commands,
@@ -48,6 +49,7 @@ for command in (
     data_commands.prepare,
     training_commands.train,
     training_commands.runs,
+    board_commands.board,
     data_commands.trace,
     evaluation_commands.evaluate,
     evaluation_commands.report,

@@ -1,0 +1,1 @@
+"""Routes of the board, one file a page."""
