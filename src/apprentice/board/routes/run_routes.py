@@ -77,6 +77,10 @@ def add_run_routes(app: FastAPI, board: Board) -> None:
         feed = feeds.of(board.run(name))
         return StreamingResponse(_events(feed), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
+    _add_changes(app, board)
+
+
+def _add_changes(app: FastAPI, board: Board) -> None:
     @app.put("/api/runs/{name}/tags")
     def set_tags(request: Request, name: str, body: TagsRequest) -> dict[str, Any]:
         """Sets the tags of a run."""
