@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from apprentice.models.tuning.lora_forward import restore_base_layer
 from apprentice.models.weights.rounding import round_merged
 
 
 def layers_by_weight(model: nn.Module) -> dict[nn.Parameter, list[Any]]:
-    """The weights of `model` that peft's layers adapt, in the model's order, each with its layers."""
+    """The weights of `model` that peft's layers adapt, in the model's order, each with its layers, which are to be merged."""
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: dict[nn.Parameter, list[Any]] = {}
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
+            restore_base_layer(layer)
             inner: Any = layer.get_base_layer()
             weight = getattr(inner, layer.parameter_name) if isinstance(layer, ParamWrapper) else inner.weight
             layers.setdefault(weight, []).append(layer)

@@ -22,6 +22,7 @@ from apprentice.errors import ModelError, RecipeError
 from apprentice.models.loading import REWARD_HEAD
 from apprentice.models.tuning.bottleneck import add_adapters, save_adapters
 from apprentice.models.tuning.experts import expert_parameters
+from apprentice.models.tuning.lora_forward import add_before_rounding
 from apprentice.models.tuning.lora_merge import merge_lora
 from apprentice.models.tuning.virtual_tokens import start_from_common_words
 from apprentice.recipe import Tuning
@@ -67,7 +68,9 @@ def _wrap_lora(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
         target_modules="all-linear",
         target_parameters=experts or None,
     )
-    return _wrap_with_peft(model, config, seed)
+    wrapped = _wrap_with_peft(model, config, seed)
+    add_before_rounding(wrapped)
+    return wrapped
 
 
 def _wrap_prefix(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
