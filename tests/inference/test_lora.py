@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from apprentice.errors import ModelError
+from apprentice.inference.cpu_linear import can_pack, place_model
 from apprentice.inference.decoding import generate, make_scheduler
 from apprentice.inference.generation_request import GenerationRequest, Sampling
 from apprentice.inference.lora import Lora, LoraLayers, read_lora
 from apprentice.models.loading import load_model
 from apprentice.run.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tests.conftest import NEEDS_BFLOAT16
 from tests.models.adapters import merged, random_lora
 
 PROMPTS = [[(11 * length + 7 * place) % 509 + 3 for place in range(length)] for length in (1, 5, 40, 13, 2, 27, 8, 60)]
@@ -81,6 +83,31 @@ def test_replies_alone_and_in_company_are_identical(model: Any, folders: list[Pa
     for number, (prompt, lora) in enumerate(questions):
         waiting: list[tuple[list[int], Lora | None]] = [([3], None)] * number
         assert replies(model, [*waiting, (prompt, lora)], slots=1, sampled=True)[-1] == together[number]
+
+
+@pytest.mark.parametrize("is_packed", [False, pytest.param(True, marks=pytest.mark.skipif(not can_pack(), reason=NEEDS_BFLOAT16))])
+def test_small_additions_to_bfloat16_outputs_are_kept_on_average(tiny_model: Path, tmp_path: Path, is_packed: bool) -> None:
+    """What two adapters add is much less than half a step of the base's outputs, which are about 8 here."""
+    model: Any = load_model(tiny_model, torch.bfloat16)
+    torch.manual_seed(2)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight.data = torch.randn(layer.weight.shape).bfloat16()
+    weight = layer.weight.detach().float()
+    name = "model.layers.0.self_attn.q_proj"
+    adapters = []
+    for rank in (2, 3):
+        down, up = torch.randn(rank, weight.shape[1]), torch.randn(rank, weight.shape[0]) * 2e-3
+        adapters.append(Lora({name: (down.bfloat16(), up.bfloat16())}))
+    layers = LoraLayers(place_model(model, "cpu") if is_packed else model)
+    inputs, rows = torch.randn(2048, weight.shape[1]).bfloat16(), [1024, 512, 512]
+    with torch.inference_mode(), layers.rows([adapters[0], None, adapters[1]], rows):
+        outputs = model.get_submodule(name)(inputs).float()
+    base, parts = inputs.float() @ weight.T, inputs.split(rows)
+    assert torch.equal(outputs[1024:1536], layer(parts[1]).float())
+    for start, part, adapter in ((0, parts[0], adapters[0]), (1536, parts[2], adapters[1])):
+        down, up = (matrix.float() for matrix in adapter.layers[name])
+        addition, span = part.float() @ down.T @ up, slice(start, start + len(part))
+        assert float(((outputs[span] - base[span]) * addition).sum() / addition.pow(2).sum()) == pytest.approx(1.0, abs=0.2)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers in a way that is to go

@@ -19,10 +19,17 @@ def pack_linear_weight(weight: Tensor) -> Tensor:
     return packed
 
 
-def multiply_packed(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Linear layer with a weight from `pack_linear_weight`: `inputs` (…, inputs) → (…, outputs) (PyTorch 2.13)."""
-    outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-    return outputs
+def multiply_packed(inputs: Tensor, weight: Tensor, bias: Tensor | None, addition: Tensor | None = None) -> Tensor:
+    """Linear layer with a weight from `pack_linear_weight`: `inputs` (…, inputs) → (…, outputs) (PyTorch 2.13).
+
+    `addition` (…, outputs) is added before the product is rounded.
+    """
+    outputs: Tensor
+    if addition is None:
+        outputs = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        return outputs
+    outputs = torch.ops.mkldnn._linear_pointwise(inputs, addition, weight, None, "add")  # with a bias it takes three times as long
+    return outputs if bias is None else outputs + bias
 
 
 def attention_implementation(config: Any) -> str:

@@ -37,9 +37,9 @@ def can_pack() -> bool:
 class PackedLinear(nn.Linear):
     """Linear layer with a packed weight; made by `place_model` only."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Maps (…, inputs) to (…, outputs)."""
-        return multiply_packed(inputs, self.weight, self.bias)
+    def forward(self, inputs: Tensor, addition: Tensor | None = None) -> Tensor:
+        """Maps (…, inputs) to (…, outputs), plus `addition` of that shape, which is added before the product is rounded."""
+        return multiply_packed(inputs, self.weight, self.bias, addition)
 
 
 @torch.no_grad()

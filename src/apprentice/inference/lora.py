@@ -9,7 +9,8 @@ too:
     masked     x: [a1 a2  0]   y: [ 0  0 b1]   z: [ 0  0  0]
     up         adds to x what a adds, to y what b adds, and zeros to z
 
-The base's weights are read once a pass, and never changed.
+The base's weights are read once a pass, and never changed. In 16 bits what an adapter adds goes into the base's product before that
+is rounded (`models/tuning/lora_forward.py`), as in training; in float32 it is added behind.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apprentice.errors import ModelError
+from apprentice.inference.compat import multiply_packed, pack_linear_weight
+from apprentice.inference.cpu_linear import PackedLinear
+from apprentice.models.tuning.lora_forward import AddingLinear
 from apprentice.pretrained.trust import check_adapter_folder
 from apprentice.run.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -177,15 +181,39 @@ class LoraLayers:
         for name in sorted({name for adapter in adapters for name in adapter.layers}):
             own = [(place, adapter.layers[name]) for place, adapter in enumerate(adapters) if name in adapter.layers]
             columns = tuple(place for place, (down, _) in own for _ in range(len(down)))
-            self._stacks[name] = _Stack(torch.cat([down for _, (down, _) in own]), torch.cat([up for _, (_, up) in own]), columns)
+            up, module = torch.cat([up for _, (_, up) in own]), self._modules[name]
+            packed_up = pack_linear_weight(up.t().contiguous()) if isinstance(module, PackedLinear) else None
+            self._stacks[name] = _Stack(torch.cat([down for _, (down, _) in own]), up, packed_up, columns)
             if name not in self._hooked:
                 self._hooked.add(name)
-                self._modules[name].register_forward_hook(lambda _, inputs, output, name=name: self._add(name, inputs[0], output))
+                self._hook(name, module)
+
+    def _hook(self, name: str, module: Any) -> None:
+        """Makes `module` add what adapters add: within its product in 16 bits, behind it in float32 and in GPT-2's own layers."""
+        if type(module) is torch.nn.Linear and module.weight.dtype != torch.float32:
+            module.__class__ = AddingLinear
+        if isinstance(module, PackedLinear | AddingLinear):
+            module.register_forward_pre_hook(lambda _, inputs: self._with_addition(name, inputs[0]))
+        else:
+            module.register_forward_hook(lambda _, inputs, output: self._add(name, inputs[0], output))
+
+    def _with_addition(self, name: str, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The arguments of an adding layer: its input (…, inputs), and what is added to its output, if anything is."""
+        if not self._has_product(name, inputs):
+            return (inputs,)
+        stack, product = self._stacks[name], self._products[name]
+        addition = product @ stack.up if stack.packed_up is None else multiply_packed(product, stack.packed_up, None)
+        return inputs, addition.view(*inputs.shape[:-1], -1)
 
     def _add(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        if self._has_product(name, inputs):
+            output.view(inputs.shape[:-1].numel(), -1).addmm_(self._products[name], self._stacks[name].up)
+
+    def _has_product(self, name: str, inputs: Tensor) -> bool:
+        """Whether rows of `inputs` have an adapter with this layer; `_products` has that of their `down` matrices then."""
         rows = self._rows.get(name in self._cross_layers)
         if rows is None or name not in self._stacks:
-            return
+            return False
         count = inputs.shape[:-1].numel()
         if count != len(rows.owners) > 1:
             raise ModelError(f"{name!r} is computed for {count} rows of {len(rows.owners)}; this model takes no adapters here.")
@@ -195,7 +223,7 @@ class LoraLayers:
         elif name not in self._products:
             self._same_input[self._first_layer].append(name)
             self._multiply([name], rows)
-        output.view(count, -1).addmm_(self._products[name], self._stacks[name].up)
+        return True
 
     def _multiply(self, names: Sequence[str], rows: _Rows) -> None:
         """Multiplies the input with the `down` matrices of these layers; sets columns of other adapters than the row's to 0."""
@@ -230,8 +258,12 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Stacked matrices of one layer: `down` (all ranks, inputs), `up` (all ranks, outputs), and the adapter index of each rank."""
+    """Stacked matrices of one layer: `down` (all ranks, inputs), `up` (all ranks, outputs), and the adapter index of each rank.
+
+    `packed_up` is `up` for layers that are packed, as they are (`cpu_linear.py`).
+    """
 
     down: Tensor
     up: Tensor
+    packed_up: Tensor | None
     columns: tuple[int, ...]

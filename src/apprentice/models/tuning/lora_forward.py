@@ -10,7 +10,7 @@ size, and additions of less than half of that vanish, everywhere alike: the mode
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +45,13 @@ def add_before_rounding(model: nn.Module) -> None:
 
 def restore_base_layer(layer: Any) -> None:
     """Makes the linear layer under `layer`, one of peft's, a plain one again, which is what it is once the adapter is merged."""
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     if type(base) is AddingLinear:
-        base.__class__ = nn.Linear
+        base.__class__ = cast("type[AddingLinear]", nn.Linear)
 
 
 @cache
-def _adding_lora_class() -> type[nn.Module]:
+def _adding_lora_class() -> Any:
     """The class of LoRA layers whose base layer is an `AddingLinear`; peft takes seconds to import, so it is made when needed."""
     from peft.tuners.lora.layer import Linear
 
@@ -67,7 +67,7 @@ def _adding_lora_class() -> type[nn.Module]:
                 plain: Tensor = super().forward(x, *args, **kwargs)
                 return plain
             (name,) = active
-            down, up = self.lora_A[name], self.lora_B[name]
+            down, up = cast("nn.Linear", self.lora_A[name]), cast("nn.Linear", self.lora_B[name])
             addition = up(down(self.lora_dropout[name](x.to(down.weight.dtype)))) * self.scaling[name]
             outputs: Tensor = base(x, addition.to(x.dtype))
             return outputs
