@@ -60,6 +60,7 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 });
 addEventListener("hashchange", async () => {
   await show();
-  document.getElementById("page").focus();
+  document.getElementById("page").focus({ preventScroll: true });
+  scrollTo(0, 0);
 });
 show();

@@ -25,7 +25,9 @@ export function ticks(least, most) {
 export function chart(title, lines, { events = [], onzoom = () => {} } = {}) {
   const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", tabindex: 0 });
   const reading = element("p", { class: "note reading", "aria-live": "polite" });
-  const box = element("figure", { class: "chart pane" }, element("figcaption", {}, title), drawing, reading);
+  const names = lines.length > 1 ? lines.map((line, at) => element("span", { class: `key line-${at % 6}` }, line.name)) : [];
+  const legend = element("p", { class: "legend", hidden: !names.length }, ...names);
+  const box = element("figure", { class: "chart pane" }, element("figcaption", {}, title), legend, drawing, reading);
   let bounds = null;
   let cursor = null;
 

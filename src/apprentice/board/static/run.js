@@ -84,7 +84,7 @@ function summary(runs) {
     ["loss", (run) => figure(run.loss)],
     ["validation loss", (run) => figure(run.validation_loss)],
     ["score", (run) => figure(run.score, 3)],
-    ["goodput", (run) => percent(run.goodput)],
+    ["goodput", (run) => (run.time ? percent(run.goodput) : "–")],
     ["GPU-hours", (run) => figure(run.gpu_hours, 3)],
     ["memory expected and held", (run) => `${bytes(run.training?.expected_memory)} and ${bytes(run.training?.peak_memory ?? run.memory?.peak)}`],
     ["held by", (run) => run.holder ?? "nobody"],
