@@ -86,6 +86,7 @@ def test_every_page_fits_and_a_held_run_goes_on_live(browser: Browser, storage: 
                 assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@pytest.mark.long  # the rules themselves are tested without a browser
 def test_a_change_is_confirmed_and_a_key_entered_by_keyboard(browser: Browser, storage: Path) -> None:
     with running_board(storage, "--key", "right") as url, opened(browser, url, DESKTOP) as page:
         for key in ("wrong", "right"):
