@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.process_group import join_group
+from tests.support.teachers import count_targets
 
 
 class KilledError(Exception):
@@ -153,13 +154,13 @@ def round_of(run: Any, window: int) -> dict[str, Any] | None:
 def gone_on(recipe: Any) -> dict[str, Any]:
     """Trains as `recipe` says twice, the second time killed after step 3 and begun again: the records of both, and what differs.
 
-    The second time the model is also asked for replies, where it can write. The numbers of a reference, where the objective needs
-    one, are made up.
+    The second time the model is also asked for replies, where it can write. The numbers of a reference or a teacher, where the
+    objective needs one, are made up.
     """
     import numpy as np
     import torch
 
-    from apprentice.data.reference import ReferenceLogProbs
+    from apprentice.data.reference import ReferenceLogProbs, TeacherLogProbs
     from apprentice.data.stream import make_corpus
     from apprentice.run.folder import Run, open_run
     from apprentice.train.checkpoint import format as checkpoints
@@ -167,12 +168,22 @@ def gone_on(recipe: Any) -> dict[str, Any]:
 
     def made(run: Run) -> Any:
         corpus = make_corpus(recipe, run, parallel=False)
+        if recipe.training.objective == "distill":
+            return replace(corpus, teacher={corpus.tasks[0].name: teacher_of(corpus)})
         [index] = corpus.indices.values()
         known = np.sort(np.concatenate([index.train, index.validation]))
         values = np.random.default_rng(5).normal(-20, 2, (len(known), 2)).astype(np.float32)
         return (
             replace(corpus, reference={index.task: ReferenceLogProbs(known, values)}) if recipe.training.aim.reference else corpus
         )
+
+    def teacher_of(corpus: Any) -> TeacherLogProbs:
+        rows, counts = count_targets(corpus)
+        top, size = recipe.training.distill.top, sum(counts)
+        draws = np.random.default_rng(6)
+        ids = np.stack([draws.permutation(400)[:top] for _ in range(size)]).astype(np.int32)
+        values = np.log(draws.dirichlet(np.ones(top + 1), size)).astype(np.float32)
+        return TeacherLogProbs(rows, np.cumsum(counts), ids, values)
 
     def end(run: Run) -> dict[str, Any]:
         checkpoint = checkpoints.find_newest(run.checkpoints)

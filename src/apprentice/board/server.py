@@ -20,7 +20,7 @@ from apprentice.board.run_list import Board
 from apprentice.errors import ApprenticeError, EvaluationError, MissingError, RunError, ServingError
 
 KEY = "APPRENTICE_BOARD_KEY"  # environment variable with the board's key
-_EVERY_ADDRESS = ("0.0.0.0", "::")  # nosec: names to compare with
+_EVERY_ADDRESS = ("0.0.0.0", "::")  # nosec B104
 
 
 def board_app(board: Board, *, host: str = "127.0.0.1", key: str | None = None) -> ASGIApp:

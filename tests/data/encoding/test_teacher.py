@@ -20,6 +20,7 @@ from apprentice.storage import Folder
 from apprentice.train.batch import PackedRows
 from tests.data.encoding.test_preferences import corpus_of, recipe_of
 from tests.support.preferences import pairs, write_pairs
+from tests.support.teachers import count_targets
 
 TOP = 3
 
@@ -36,12 +37,9 @@ def changes(folder: Path, model: Path, **more: Any) -> dict[str, Any]:
 
 def teacher_of(corpus: Corpus) -> TeacherLogProbs:
     """Numbers that say which row and target they belong to: row × 1000 + target."""
-    [index] = corpus.indices.values()
-    rows = np.sort(np.concatenate([index.train, index.validation]))
-    read = PackedRows.from_columns(WindowRenderer(corpus).zero_shot(corpus.tasks[0], rows.tolist()))
-    counts = {row: count for fact in read.facts for row, count in zip(fact.examples, fact.targets, strict=True)}
-    marks = np.concatenate([row * 1000 + np.arange(counts[row]) for row in rows.tolist()])
-    ends = np.cumsum([counts[row] for row in rows.tolist()])
+    rows, counts = count_targets(corpus)
+    marks = np.concatenate([row * 1000 + np.arange(count) for row, count in zip(rows.tolist(), counts, strict=True)])
+    ends = np.cumsum(counts)
     values = np.repeat(marks[:, None] + 0.5, TOP + 1, axis=1).astype(np.float32)
     return TeacherLogProbs(rows, ends, np.repeat(marks[:, None], TOP, axis=1).astype(np.int32), values)
 

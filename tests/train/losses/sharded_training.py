@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -32,6 +33,7 @@ from tests.train.reference_training import fresh
 from tests.train.rows import packed_rows, reply_rows
 
 STEPS, ROWS, RATE = 3, 4, 1e-3  # ROWS of one step for each process
+TOP = 4  # tokens of a teacher at each target
 CHUNK = 5  # target tokens whose logits are computed at once
 
 
@@ -52,6 +54,7 @@ def settings(case: dict[str, Any], workers: int) -> Training:
             "router_loss": case.get("router_loss", 0.0),
             "activation_checkpointing": case["checkpointing"],
             **grpo,
+            **({"distill": {"teacher": "run:teacher", "top": TOP}} if case["objective"] == "distill" else {}),
         }
     )
 
@@ -79,7 +82,17 @@ def rows_of(case: dict[str, Any], step: int, rank: int, workers: int) -> PackedR
         mask[:] = 0
     elif rank > 0:
         mask[:, 12:] = 0
-    return replace(rows, loss_mask=mask)
+    masked = replace(rows, loss_mask=mask)
+    return with_teacher(masked, step * workers + rank) if case["objective"] == "distill" else masked
+
+
+def with_teacher(rows: PackedRows, seed: int) -> PackedRows:
+    """The rows, with a made-up teacher's `TOP` likeliest tokens at each target."""
+    draws, ids, values = np.random.default_rng(seed), [], []
+    for count in (rows.loss_mask > 0).sum(axis=1).tolist():
+        ids.append(np.concatenate([draws.permutation(400)[:TOP] for _ in range(count)] or [[]]).astype(np.int32))
+        values.append(np.log(draws.dirichlet(np.ones(TOP + 1), count)).astype(np.float32).ravel())
+    return replace(rows, teacher_ids=ids, teacher_log_probs=values)
 
 
 def sharded(case: dict[str, Any], rank: int, workers: int, folder: Path) -> dict[str, Any]:

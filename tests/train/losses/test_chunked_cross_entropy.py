@@ -35,6 +35,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, PLAIN | {"objective": "dpo"}),
     (2, PLAIN | {"objective": "orpo"}),
     (2, PLAIN | {"objective": "kto"}),
+    (2, PLAIN | {"objective": "distill"}),
     (2, PLAIN | {"objective": "reward"}),
     (2, PLAIN | {"objective": "grpo", "method": "lora"}),
     (4, PLAIN),
