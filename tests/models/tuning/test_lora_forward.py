@@ -1,5 +1,6 @@
 """LoRA's forward pass in 16 bits: additions below half a step of the outputs are not lost; float32 is peft's, bit by bit."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -92,3 +93,24 @@ def test_a_merged_model_has_plain_linear_layers_and_a_disabled_adapter_is_left_o
         assert LORA.merge is not None
         merged = LORA.merge(model)
     assert all(type(module) is nn.Linear for module in merged.modules() if isinstance(module, nn.Linear))
+
+
+def test_a_split_weight_is_not_held_from_the_forward_to_the_backward_pass() -> None:
+    """As ZeRO-3 does: the weight is taken away behind the forward pass, and gathered again before the backward pass."""
+    torch.manual_seed(0)
+    layer = AddingLinear(64, 48, bias=False).bfloat16().requires_grad_(False)
+    whole = layer.weight.data.clone()
+    inputs = torch.randn(5, 64).bfloat16().requires_grad_()
+    addition = torch.randn(5, 48).bfloat16().requires_grad_()
+    layer.weight.data = gathered = whole.clone()
+    memory = weakref.ref(gathered.untyped_storage())
+    outputs = layer(inputs, addition)
+    layer.weight.data = torch.empty(0, dtype=torch.bfloat16)
+    del gathered
+    assert memory() is None
+    layer.weight.data = whole
+    outputs.sum().backward()
+    assert inputs.grad is not None
+    assert addition.grad is not None
+    assert torch.equal(inputs.grad, (torch.ones(5, 48).bfloat16() @ whole))
+    assert torch.equal(addition.grad, torch.ones(5, 48).bfloat16())

@@ -18,14 +18,33 @@ from torch import Tensor, nn
 _NARROW = (torch.bfloat16, torch.float16)
 
 
+class _AddProduct(torch.autograd.Function):
+    """`addition` + `inputs` · `weight`ᵀ, rounded once; (rows, outputs), (rows, inputs), and a frozen (outputs, inputs).
+
+    It keeps the parameter itself for the backward pass, and no view of it: under ZeRO-3 a whole weight lives while its layer is
+    computed, and a view would hold all of them until the end of the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, addition: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return torch.addmm(addition, inputs, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient, gradient @ weight, None
+
+
 class AddingLinear(nn.Linear):
-    """Linear layer that takes an addition to its outputs."""
+    """Linear layer with a frozen weight that takes an addition to its outputs."""
 
     def forward(self, inputs: Tensor, addition: Tensor | None = None) -> Tensor:
         """Maps (…, inputs) to (…, outputs), plus `addition` of that shape, which is added before the product is rounded."""
         if addition is None:
             return super().forward(inputs)
-        outputs = torch.addmm(addition.reshape(-1, self.out_features), inputs.reshape(-1, self.in_features), self.weight.t())
+        flat = addition.reshape(-1, self.out_features), inputs.reshape(-1, self.in_features)
+        outputs: Tensor = _AddProduct.apply(*flat, self.weight)  # type: ignore[no-untyped-call]
         outputs = outputs if self.bias is None else outputs + self.bias
         return outputs.view(*inputs.shape[:-1], self.out_features)
 
@@ -63,7 +82,8 @@ def _adding_lora_class() -> Any:
             base: Any = self.base_layer
             is_plain = not (args or kwargs or self.disable_adapters or self.merged or torch.is_autocast_enabled(x.device.type))
             active = [name for name in self.active_adapters if name in self.lora_A]
-            if not is_plain or len(active) != 1 or x.dtype not in _NARROW or base.weight.dtype != x.dtype:
+            is_narrow = x.dtype in _NARROW and base.weight.dtype == x.dtype and not base.weight.requires_grad
+            if not is_plain or len(active) != 1 or not is_narrow:
                 plain: Tensor = super().forward(x, *args, **kwargs)
                 return plain
             (name,) = active
