@@ -32,6 +32,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_every_address(host: str) -> bool:
+    """Whether a server that listens on `host` is reached by all of the machine's addresses."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return False
+
+
 def host_of(authority: str) -> str:
     """`localhost` of `localhost:8700`, `[::1]` of `[::1]:8700`, in lower case."""
     name, _, port = authority.lower().rpartition(":")

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp
 
 from apprentice import __version__
-from apprentice.board.access import BoardAccess, is_loopback
+from apprentice.board.access import BoardAccess, is_every_address, is_loopback
 from apprentice.board.confirmation import add_confirmation
 from apprentice.board.routes.report_routes import add_report_routes
 from apprentice.board.routes.run_routes import add_run_routes
@@ -20,7 +20,6 @@ from apprentice.board.run_list import Board
 from apprentice.errors import ApprenticeError, EvaluationError, MissingError, RunError, ServingError
 
 KEY = "APPRENTICE_BOARD_KEY"  # environment variable with the board's key
-_EVERY_ADDRESS = ("0.0.0.0", "::")  # nosec B104
 
 
 def board_app(board: Board, *, host: str = "127.0.0.1", key: str | None = None) -> ASGIApp:
@@ -36,7 +35,7 @@ def board_app(board: Board, *, host: str = "127.0.0.1", key: str | None = None) 
         status = 404 if isinstance(error, RunError | EvaluationError | MissingError) else 400
         return JSONResponse({"error": {"code": type(error).__name__, "message": str(error)}}, status)
 
-    return BoardAccess(app, key=key, hosts=[host], any_host=host in _EVERY_ADDRESS, read_only=board.read_only)
+    return BoardAccess(app, key=key, hosts=[host], any_host=is_every_address(host), read_only=board.read_only)
 
 
 def serve_board(board: Board, *, host: str, port: int, key: str | None, tell: Callable[[str], None]) -> None:

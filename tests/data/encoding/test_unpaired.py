@@ -102,7 +102,12 @@ def test_forms_of_a_record(tmp_path):
     for row, reason in (
         ({"prompt": "A?", "completion": "B", "label": None}, "null"),
         ({"prompt": "A?", "completion": "", "label": True}, "null"),
+        ({"prompt": "A?", "completion": [], "label": True}, "null"),
         ({"prompt": "A?", "completion": "B", "label": "good"}, "bad_label"),
+        ({"prompt": "A?", "completion": "B", "label": [1, 0]}, "bad_label"),
+        ({"prompt": "A?", "completion": "B", "label": {"is": True}}, "bad_label"),
+        ({"prompt": 3, "completion": "B", "label": True}, "turns"),
+        ({"prompt": "A?", "completion": ["B"], "label": True}, "turns"),
     ):
         with pytest.raises(RowError) as caught:
             template.example("t", row)

@@ -56,8 +56,13 @@ class PreferenceTemplate(ColumnTemplate):
 
 
 def messages_in(task: str, value: Any, role: str, text: Callable[[Any], str]) -> Messages:
-    """The messages in a column: a list of messages, a conversation written as one text, or one text of `role`."""
+    """The messages in a column: a list of messages, a conversation written as one text, or one text of `role`.
+
+    Raises `RowError` with reason `turns` for anything else.
+    """
     if not isinstance(value, str):
+        if not (isinstance(value, list) and all(isinstance(message, Mapping) for message in value)):
+            raise RowError("turns", f"task {task!r}: {str(value)[:80]!r} is neither a text nor a list of messages.")
         return [message_of(task, message, text) for message in value]
     parts = _SPOKEN.split(f"\n\n{value.lstrip()}") if _SPOKEN.match(f"\n\n{value.lstrip()}") else []
     if not parts:

@@ -7,7 +7,7 @@ The columns are TRL's. Prompt and completion are texts or messages, as in prefer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from apprentice.errors import RowError
@@ -32,10 +32,10 @@ class UnpairedTemplate(ColumnTemplate):
         Raises `RowError` with reason `null`, `bad_label`, `unknown_role`, `turns` or `empty_answer`.
         """
         for column in ("prompt", "completion", "label"):
-            if row.get(column) is None or row[column] == "" or (column != "label" and not len(row[column])):
+            if row.get(column) in (None, "", []):
                 raise RowError("null", f"task {task!r}: the row has no {column!r}.")
         label = row["label"].strip().lower() if isinstance(row["label"], str) else row["label"]
-        if label not in _LABELS:
+        if not isinstance(label, Hashable) or label not in _LABELS:
             raise RowError("bad_label", f"task {task!r}: the label {row['label']!r} is neither true nor false.")
         question = messages_in(task, row["prompt"], "user", self.text)
         answer = messages_in(task, row["completion"], "assistant", self.text)
