@@ -59,14 +59,14 @@ def settings(case: dict[str, Any], workers: int) -> Training:
     )
 
 
-def model_of(case: dict[str, Any], folder: Path) -> Any:
+def model_of(case: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model of `case`, else a tiny Llama, with its tuning method; for the objective `reward` with a new last layer."""
     if "model" in case:
         return TUNING_METHODS[case["method"]].wrap(
             made(case["model"]), Tuning(method=case["method"], rank=4, experts=case["method"] == "lora"), 3
         )
     if case["objective"] != "reward":
-        return fresh(case["method"], torch.float32, dora=case.get("dora", False))
+        return fresh(case["method"], dtype, dora=case.get("dora", False))
     return load_model(folder / "reward", torch.float32, head=3)
 
 
@@ -98,8 +98,9 @@ def with_teacher(rows: PackedRows, seed: int) -> PackedRows:
 def sharded(case: dict[str, Any], rank: int, workers: int, folder: Path) -> dict[str, Any]:
     """What `STEPS` steps of the engine give; `calls` counts this process's calls of the output layer, forwards alone."""
     training = settings(case, workers)
-    model = model_of(case, folder)
-    options: dict[str, Any] = {"dtype": torch.float32, "workers": workers, "micro": ROWS // 2, "device": torch.device("cpu")}
+    dtype = getattr(torch, case.get("dtype", "float32"))
+    model = model_of(case, folder, dtype)
+    options: dict[str, Any] = {"dtype": dtype, "workers": workers, "micro": ROWS // 2, "device": torch.device("cpu")}
     calls = []
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_hook(lambda *_: calls.append(None))
@@ -120,7 +121,7 @@ def sharded(case: dict[str, Any], rank: int, workers: int, folder: Path) -> dict
 
 
 def plain(case: dict[str, Any], workers: int, folder: Path) -> dict[str, Any]:
-    """The same steps in one process, in plain PyTorch, with all logits at once."""
+    """The same steps in one process, in plain PyTorch and float32, with all logits at once."""
     training = settings(case, workers).model_copy(update={"activation_checkpointing": False})
     model = model_of(case, folder)
     loss_module = create_loss(model, training).train()

@@ -31,6 +31,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, PLAIN | {"method": "lora", "ratio": 16.0}),
     (2, PLAIN | {"method": "lora", "checkpointing": True}),
     (2, PLAIN | {"method": "lora", "stage": 2, "dora": True, "ratio": 16.0}),
+    (2, PLAIN | {"method": "lora", "dtype": "bfloat16"}),
     (2, PLAIN | {"objective": "weighted"}),
     (2, PLAIN | {"objective": "dpo"}),
     (2, PLAIN | {"objective": "orpo"}),
@@ -186,12 +187,12 @@ def test_split_training_is_training_in_one_process(results: list[dict[str, Any]]
     (workers, case), ours = CASES[number], results[number]
     assert ours, f"the processes hung: no result within {LIMIT_S} s"
     plain = sharded_training.plain(case, workers, folder)
-    assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-    assert ours["norm"] == pytest.approx(plain["norm"], rel=1e-5)
-    assert ours["validation"] == pytest.approx(plain["validation"], rel=1e-5)
+    close = 1e-5 if case.get("dtype") is None else 2e-2
+    for figure in ("loss", "norm", "validation"):
+        assert ours[figure] == pytest.approx(plain[figure], rel=close)
     assert ours["weights"].keys() == plain["weights"].keys() != set()
     flat, plain_flat = (torch.cat([each["weights"][name].flatten() for name in plain["weights"]]) for each in (ours, plain))
-    assert (flat - plain_flat).norm() <= 1e-5 * plain_flat.norm()
+    assert (flat - plain_flat).norm() <= close * plain_flat.norm()
     assert len(set(ours["calls"])) == 1
 
 

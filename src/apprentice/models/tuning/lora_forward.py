@@ -31,9 +31,9 @@ class _AddProduct(torch.autograd.Function):
         return torch.addmm(addition, inputs, weight.t())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (weight,) = ctx.saved_tensors
-        return gradient, gradient @ weight, None
+        return gradient, gradient @ weight if ctx.needs_input_grad[1] else None, None
 
 
 class AddingLinear(nn.Linear):
@@ -69,6 +69,11 @@ def restore_base_layer(layer: Any) -> None:
         base.__class__ = cast("type[AddingLinear]", nn.Linear)
 
 
+def _is_autocast(device_type: str) -> bool:
+    """Whether products on such devices change their number format; the meta device's never do."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 @cache
 def _adding_lora_class() -> Any:
     """The class of LoRA layers whose base layer is an `AddingLinear`; peft takes seconds to import, so it is made when needed."""
@@ -80,7 +85,7 @@ def _adding_lora_class() -> Any:
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """As peft's, with one rounding where the base layer computes in 16 bits."""
             base: Any = self.base_layer
-            is_plain = not (args or kwargs or self.disable_adapters or self.merged or torch.is_autocast_enabled(x.device.type))
+            is_plain = not (args or kwargs or self.disable_adapters or self.merged or _is_autocast(x.device.type))
             active = [name for name in self.active_adapters if name in self.lora_A]
             is_narrow = x.dtype in _NARROW and base.weight.dtype == x.dtype and not base.weight.requires_grad
             if not is_plain or len(active) != 1 or not is_narrow:
