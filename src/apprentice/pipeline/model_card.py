@@ -14,8 +14,7 @@ from apprentice import __version__
 from apprentice.evaluate.report.run_history import export_sentence, time_sentence
 from apprentice.recipe import Recipe
 from apprentice.run.contract import PromptContract
-from apprentice.run.identity import public_base
-from apprentice.storage import is_uri
+from apprentice.run.identity import is_place, without_place
 from apprentice.tasks.exposure import exposure_in, exposures
 from apprentice.tasks.schema import Task
 
@@ -55,7 +54,7 @@ def _metadata(contract: PromptContract, tasks: Sequence[Task], held_out: set[str
     sets = sorted({spec.hub for task in tasks if task.name not in held_out for spec in task.sources if spec.hub is not None})
     base = next(iter(contract.ancestors), contract.base)
     values = {
-        **({} if _is_place(base) else {"base_model": base}),  # the hub refuses a card that names a folder there
+        **({} if is_place(base) else {"base_model": base}),  # the hub refuses a card that names a folder there
         "library_name": "transformers",
         "pipeline_tag": kind,
         "tags": ["apprentice", "instruction-tuning"],
@@ -89,11 +88,6 @@ def _training(recipe: Recipe, ledger: Mapping[str, Any], exported: Mapping[str, 
     return f"## Training\n\n{seen} {compared}\n\nThe recipe, without what is at its default:\n\n```yaml\n{text}\n```"
 
 
-def _is_place(text: str) -> bool:
-    """Whether `text` names a place on some machine or store."""
-    return text.startswith(("/", "./", "../", "~")) or (is_uri(text) and not any(map(str.isspace, text)))
-
-
 def _without_places(value: Any) -> Any:
     """The recipe's values with the last part alone of paths and URIs: a card goes to others."""
     if isinstance(value, Mapping):
@@ -102,8 +96,7 @@ def _without_places(value: Any) -> Any:
         return [_without_places(inner) for inner in value]
     if not isinstance(value, str):
         return value
-    named = public_base(value)
-    return named.rstrip("/").rsplit("/", 1)[-1] if _is_place(named) else named
+    return without_place(value)
 
 
 def _data(ledger: Mapping[str, Any], tasks: Sequence[Task], held_out: set[str] | frozenset[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apprentice.errors import ContractError
-from apprentice.run.identity import ADAPTER, CONTRACT_FILE
+from apprentice.run.identity import ADAPTER, CONTRACT_FILE, without_place
 from apprentice.storage import Folder
 
 
@@ -71,6 +71,10 @@ class PromptContract(BaseModel):
     def for_other_weights(self) -> PromptContract:
         """The same contract for other weights that have none of their own, without hashes of weights."""
         return self.model_copy(update={"weights_sha256": "", "base_sha256": None})
+
+    def without_places(self) -> PromptContract:
+        """The same contract for other people: bases by their names, without paths and URIs."""
+        return self.model_copy(update={"base": without_place(self.base), "ancestors": tuple(map(without_place, self.ancestors))})
 
     def write(self, folder: Path) -> None:
         """Writes the contract into the model folder `folder`."""

@@ -18,7 +18,7 @@ from typing import Any
 from apprentice.errors import TaskError
 from apprentice.recipe import OBJECTIVES, RUN, Recipe, RewardTerm
 from apprentice.run.reward_source import source_sha256
-from apprentice.storage import Folder
+from apprentice.storage import Folder, is_uri
 from apprentice.tasks.definition import definition_of
 from apprentice.tasks.registry import Entry, Find, find_tasks
 
@@ -183,6 +183,17 @@ def _within(key: str, blocks: tuple[str, ...]) -> bool:
 def public_base(base: str) -> str:
     """`base` without paths of this machine: a run is named by `run:NAME` alone, other bases are unchanged."""
     return f"{RUN}{base.rsplit('/', 1)[-1]}" if base.startswith(RUN) else base
+
+
+def is_place(text: str) -> bool:
+    """Whether `text` names a place on some machine or store."""
+    return text.startswith(("/", "./", "../", "~")) or (is_uri(text) and not any(map(str.isspace, text)))
+
+
+def without_place(base: str) -> str:
+    """`base` for other people: of a path or URI its last part alone, of a run its name."""
+    named = public_base(base)
+    return named.rstrip("/").rsplit("/", 1)[-1] if is_place(named) else named
 
 
 def identity_hash(keys: Mapping[str, Any]) -> str:

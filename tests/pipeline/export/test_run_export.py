@@ -50,6 +50,12 @@ def export(run: Run, folder: Path, form: str, tolerance: float = 0.05) -> Equiva
     certificate = EquivalenceCertificate.model_validate_json((folder / "equivalence.json").read_text())
     assert result["equivalence"] == certificate.model_dump(mode="json")
     assert certificate.sentence() in (folder / "README.md").read_text()
+    contract, of_run = read_contract(folder), read_contract(run.model)
+    assert contract is not None
+    assert of_run is not None
+    assert of_run.base.startswith("/")
+    assert (contract.base, contract.ancestors) == (Path(of_run.base).name, tuple(Path(base).name for base in of_run.ancestors))
+    assert contract.golden == of_run.golden
     return certificate
 
 

@@ -82,6 +82,8 @@ def _write(run: Run, form: ExportFormat, contract: PromptContract, place: Path, 
             part, model = Path(scratch) / "model", Path(scratch) / "of-run"
             form.write(run, contract, part, model)
             certificate = certify_export(run, form, contract, part, model, tolerance)
+            if (exported := read_contract(part)) is not None:
+                exported.without_places().write(part)
             if not certificate.mean_kl.value <= tolerance:
                 raise ModelError(
                     f"as {form.name} the model is not the run's any more: the mean divergence is {certificate.mean_kl.value:.2e}"
