@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from apprentice.pretrained.chat_template import ChatTemplate
+from apprentice.pretrained.replies.call_reading import JsonScanner
 from apprentice.pretrained.replies.reply_parser import ParsedReply, ReplyDelta, ReplyParser, parse_reply
-from apprentice.pretrained.replies.reply_syntax import OWN_CALLS, ReplySyntax, ThoughtSyntax
+from apprentice.pretrained.replies.reply_syntax import OWN_CALLS, CallSyntax, ReplySyntax, ThoughtSyntax
 from apprentice.pretrained.replies.template_probe import TOOLS, ToolSupport, read_reply_syntax
 from apprentice.tasks.dialogue import ToolCall
 from tests.support.chat_templates import sources
@@ -152,6 +153,22 @@ def test_arguments_stream_as_they_come_and_content_is_not_kept_back() -> None:
     assert parser.feed('ments": {"a"') == [ReplyDelta(call=0, name="f"), ReplyDelta(call=0, arguments='{"a"')]
     assert parser.feed(": 1}}") == [ReplyDelta(call=0, arguments=": 1}")]
     assert parser.feed("\n</tool_call>") + parser.finish() == []
+
+
+def test_an_answer_in_json_is_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where calls have no opening tag, each JSON object may be one until it ends."""
+    seen: list[int] = []
+    plain = JsonScanner.end_of
+    monkeypatch.setattr(JsonScanner, "end_of", lambda scanner, piece: seen.append(len(piece)) or plain(scanner, piece))
+    bare = ReplySyntax(CallSyntax("object", "", '{"name": "', '", "arguments": ', "}", "\n", ""))
+    for text, calls in (('{"answer": "' + "x" * 2000 + '"}', 0), ('{"arguments": {"a": "' + "x" * 2000 + '"}, "name": "f"}', 1)):
+        seen.clear()
+        parser = ReplyParser(bare, [{"name": "f"}])
+        deltas = [delta for place in range(0, len(text), 4) for delta in parser.feed(text[place : place + 4])]
+        deltas += parser.finish()
+        assert len({delta.call for delta in deltas if delta.call is not None}) == calls
+        assert "".join(delta.content for delta in deltas) == ("" if calls else text)
+        assert sum(seen) <= 2 * len(text)
 
 
 def test_without_tools_a_call_is_text_and_a_thought_is_a_thought() -> None:

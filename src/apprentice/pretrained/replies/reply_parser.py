@@ -74,7 +74,7 @@ class ReplyParser:
         self._has_content = self._has_thought_text = False
         self._space = ""  # white space before what may be a call
         self._number = -1
-        self._scanner = JsonScanner()
+        self._scanner, self._scanned = JsonScanner(), 0  # characters of an object whose end is looked for
         self._deltas: list[ReplyDelta] = []
 
     def feed(self, text: str) -> list[ReplyDelta]:
@@ -184,7 +184,12 @@ class ReplyParser:
         self._emit_text(self._space + self._calls.begin.strip())
         self._has_content = True
         self._state = self._read_text
+        self._forget_object()
         return True
+
+    def _forget_object(self) -> None:
+        """Begins anew to look for an object's end."""
+        self._scanner, self._scanned = JsonScanner(), 0
 
     def _read_head(self) -> bool:
         """A call up to its arguments, or all of it where its arguments are not JSON."""
@@ -223,8 +228,9 @@ class ReplyParser:
         start = self._buffer.lstrip()
         if start and not start.startswith("{"):
             return self._refuse()
-        scanner = JsonScanner()
-        if (stop := scanner.end_of(start)) is not None:
+        seen, self._scanned = self._scanned, len(start)
+        if (end := self._scanner.end_of(start[seen:])) is not None:
+            stop = seen + end
             call = object_call(self._calls, start[:stop])
             if call is None:
                 return self._refuse()
@@ -236,7 +242,7 @@ class ReplyParser:
         self._number += 1
         self._deltas.append(ReplyDelta(call=self._number, name=name))
         self._buffer = self._buffer[start:]
-        self._scanner = JsonScanner()
+        self._forget_object()
         self._state = self._read_arguments
         return True
 
@@ -245,6 +251,7 @@ class ReplyParser:
         self._deltas.append(ReplyDelta(call=self._number, name=call.name))
         self._deltas.append(ReplyDelta(call=self._number, arguments=call.arguments))
         self._buffer = self._buffer[stop:]
+        self._forget_object()
         self._state = self._read_behind_call
 
     def _read_arguments(self) -> bool:
@@ -267,6 +274,7 @@ class ReplyParser:
         self._buffer = "" if stop is None else self._buffer[stop:]
         if stop is None:
             return False
+        self._forget_object()
         self._state = self._read_behind_call
         return True
 

@@ -155,6 +155,10 @@ def called(arguments: str, id: str = "a1") -> list[dict[str, Any]]:
             ),
             "the schemas of `tools` have more than 400000 characters together",
         ),
+        (
+            bodies(tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]),
+            "the arguments of a call are a JSON object, and this schema's type is 'array'",
+        ),
         (bodies(messages=called("{}", "b2")), "is the result of the call 'b2', which no turn before it made"),
         (bodies(messages=called('{"city"')), "the arguments of a call are the text of a JSON object"),
         (bodies(messages=called("[1]")), "the arguments of a call are the text of a JSON object"),

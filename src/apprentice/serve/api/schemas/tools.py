@@ -22,6 +22,16 @@ class FunctionDefinition(StrictFields):
     parameters: Schema = Field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool | None = Field(None, description="Accepted and not used: arguments always follow the schema.")
 
+    @field_validator("parameters")
+    @classmethod
+    def _is_of_an_object(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        if parameters.get("type", "object") != "object":
+            raise ValueError(
+                f"the arguments of a call are a JSON object, and this schema's type is {parameters['type']!r};"
+                " make it an object with a property"
+            )
+        return parameters
+
 
 class Tool(StrictFields):
     """A function in OpenAI's form."""
