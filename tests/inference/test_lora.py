@@ -99,6 +99,9 @@ def test_small_additions_to_bfloat16_outputs_are_kept_on_average(tiny_model: Pat
         down, up = torch.randn(rank, weight.shape[1]), torch.randn(rank, weight.shape[0]) * 2e-3
         adapters.append(Lora({name: (down.bfloat16(), up.bfloat16())}))
     layers = LoraLayers(place_model(model, "cpu") if is_packed else model)
+    for both in (layers, LoraLayers(model)):  # the second one has nothing to add later, and leaves what the first adds
+        with both.rows([adapters[0]], [1]):
+            pass
     inputs, rows = torch.randn(2048, weight.shape[1]).bfloat16(), [1024, 512, 512]
     with torch.inference_mode(), layers.rows([adapters[0], None, adapters[1]], rows):
         outputs = model.get_submodule(name)(inputs).float()

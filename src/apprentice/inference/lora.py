@@ -197,10 +197,10 @@ class LoraLayers:
         else:
             module.register_forward_hook(lambda _, inputs, output: self._add(name, inputs[0], output))
 
-    def _with_addition(self, name: str, inputs: Tensor) -> tuple[Tensor, ...]:
-        """The arguments of an adding layer: its input (…, inputs), and what is added to its output, if anything is."""
+    def _with_addition(self, name: str, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The arguments of an adding layer: its input (…, inputs), and what is added to its output; None if nothing is."""
         if not self._has_product(name, inputs):
-            return (inputs,)
+            return None
         stack, product = self._stacks[name], self._products[name]
         addition = product @ stack.up if stack.packed_up is None else multiply_packed(product, stack.packed_up, None)
         return inputs, addition.view(*inputs.shape[:-1], -1)
