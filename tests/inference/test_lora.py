@@ -86,13 +86,19 @@ def test_replies_alone_and_in_company_are_identical(model: Any, folders: list[Pa
 
 
 @pytest.mark.parametrize("is_packed", [False, pytest.param(True, marks=pytest.mark.skipif(not can_pack(), reason=NEEDS_BFLOAT16))])
-def test_small_additions_to_bfloat16_outputs_are_kept_on_average(tiny_model: Path, tmp_path: Path, is_packed: bool) -> None:
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_small_additions_to_bfloat16_outputs_are_kept_on_average(
+    tiny_model: Path, tmp_path: Path, is_packed: bool, has_bias: bool
+) -> None:
     """What two adapters add is much less than half a step of the base's outputs, which are about 8 here."""
     model: Any = load_model(tiny_model, torch.bfloat16)
     torch.manual_seed(2)
     layer = model.model.layers[0].self_attn.q_proj
     layer.weight.data = torch.randn(layer.weight.shape).bfloat16()
     weight = layer.weight.detach().float()
+    if has_bias:
+        layer.bias = torch.nn.Parameter(torch.randn(weight.shape[0]).bfloat16(), requires_grad=False)
+    bias = layer.bias.float() if has_bias else torch.zeros(())
     name = "model.layers.0.self_attn.q_proj"
     adapters = []
     for rank in (2, 3):
@@ -105,8 +111,8 @@ def test_small_additions_to_bfloat16_outputs_are_kept_on_average(tiny_model: Pat
     inputs, rows = torch.randn(2048, weight.shape[1]).bfloat16(), [1024, 512, 512]
     with torch.inference_mode(), layers.rows([adapters[0], None, adapters[1]], rows):
         outputs = model.get_submodule(name)(inputs).float()
-    base, parts = inputs.float() @ weight.T, inputs.split(rows)
-    assert torch.equal(outputs[1024:1536], layer(parts[1]).float())
+    base, parts = inputs.float() @ weight.T + bias, inputs.split(rows)
+    assert torch.equal(outputs[1024:1536], layer(parts[1]).float())  # rows without an adapter are as they are alone
     for start, part, adapter in ((0, parts[0], adapters[0]), (1536, parts[2], adapters[1])):
         down, up = (matrix.float() for matrix in adapter.layers[name])
         addition, span = part.float() @ down.T @ up, slice(start, start + len(part))

@@ -35,11 +35,15 @@ def can_pack() -> bool:
 
 
 class PackedLinear(nn.Linear):
-    """Linear layer with a packed weight; made by `place_model` only."""
+    """Linear layer with a packed weight; made by `place_model` only. `adds_bias_behind` rounds before a bias is added."""
+
+    adds_bias_behind = False  # true for layers of adapters, with and without an addition, so that one of zeros changes no bit
 
     def forward(self, inputs: Tensor, addition: Tensor | None = None) -> Tensor:
         """Maps (…, inputs) to (…, outputs), plus `addition` of that shape, which is added before the product is rounded."""
-        return multiply_packed(inputs, self.weight, self.bias, addition)
+        if self.bias is None or not self.adds_bias_behind:
+            return multiply_packed(inputs, self.weight, self.bias, addition)
+        return multiply_packed(inputs, self.weight, None, addition) + self.bias
 
 
 @torch.no_grad()

@@ -192,6 +192,8 @@ class LoraLayers:
         """Makes `module` add what adapters add: within its product in 16 bits, behind it in float32 and in GPT-2's own layers."""
         if type(module) is torch.nn.Linear and module.weight.dtype != torch.float32:
             module.__class__ = AddingLinear
+        if isinstance(module, PackedLinear):
+            module.adds_bias_behind = True
         if isinstance(module, PackedLinear | AddingLinear):
             module.register_forward_pre_hook(lambda _, inputs: self._with_addition(name, inputs[0]))
         else:
@@ -203,11 +205,12 @@ class LoraLayers:
             return None
         stack, product = self._stacks[name], self._products[name]
         addition = product @ stack.up if stack.packed_up is None else multiply_packed(product, stack.packed_up, None)
-        return inputs, addition.view(*inputs.shape[:-1], -1)
+        return inputs, addition.view(*inputs.shape[:-1], stack.up.shape[1])
 
     def _add(self, name: str, inputs: Tensor, output: Tensor) -> None:
         if self._has_product(name, inputs):
-            output.view(inputs.shape[:-1].numel(), -1).addmm_(self._products[name], self._stacks[name].up)
+            up = self._stacks[name].up
+            output.view(inputs.shape[:-1].numel(), up.shape[1]).addmm_(self._products[name], up)
 
     def _has_product(self, name: str, inputs: Tensor) -> bool:
         """Whether rows of `inputs` have an adapter with this layer; `_products` has that of their `down` matrices then."""

@@ -85,13 +85,21 @@ def test_float32_is_that_of_peft_and_the_gradients_of_bfloat16_agree(changes: di
 
 def test_a_merged_model_has_plain_linear_layers_and_a_disabled_adapter_is_left_out() -> None:
     model, ids = tuned(torch.bfloat16, 0.5), torch.tensor([[3, 4, 5]])
+    untouched = tuned(torch.bfloat16, 0.0)  # as training begins: qwen2's layers have biases
+    with torch.no_grad():
+        begun = untouched(input_ids=ids).logits
+        with untouched.disable_adapter():
+            assert torch.equal(begun, untouched(input_ids=ids).logits)
     assert any(type(module) is AddingLinear for module in model.modules())
     with torch.no_grad():
         with model.disable_adapter():
             base = model(input_ids=ids).logits
         assert not torch.equal(base, model(input_ids=ids).logits)
+        assert torch.equal(base, begun)
+        adapted = model(input_ids=ids).logits
         assert LORA.merge is not None
         merged = LORA.merge(model)
+        torch.testing.assert_close(merged(input_ids=ids).logits, adapted, atol=0.05, rtol=0.05)
     assert all(type(module) is nn.Linear for module in merged.modules() if isinstance(module, nn.Linear))
 
 

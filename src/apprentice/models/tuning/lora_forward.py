@@ -40,9 +40,14 @@ class AddingLinear(nn.Linear):
     """Linear layer with a frozen weight that takes an addition to its outputs."""
 
     def forward(self, inputs: Tensor, addition: Tensor | None = None) -> Tensor:
-        """Maps (…, inputs) to (…, outputs), plus `addition` of that shape, which is added before the product is rounded."""
+        """Maps (…, inputs) to (…, outputs), plus `addition` of that shape, which is added before the product is rounded.
+
+        In 16 bits a bias is added behind, with and without an addition, so that an addition of zeros changes no bit.
+        """
         if addition is None:
-            return super().forward(inputs)
+            if self.bias is None or self.weight.dtype not in _NARROW:
+                return super().forward(inputs)
+            return nn.functional.linear(inputs, self.weight) + self.bias
         flat = addition.reshape(-1, self.out_features), inputs.reshape(-1, self.in_features)
         outputs: Tensor = _AddProduct.apply(*flat, self.weight)  # type: ignore[no-untyped-call]
         outputs = outputs if self.bias is None else outputs + self.bias
@@ -88,7 +93,7 @@ def _adding_lora_class() -> Any:
             is_plain = not (args or kwargs or self.disable_adapters or self.merged or _is_autocast(x.device.type))
             active = [name for name in self.active_adapters if name in self.lora_A]
             is_narrow = x.dtype in _NARROW and base.weight.dtype == x.dtype and not base.weight.requires_grad
-            if not is_plain or len(active) != 1 or not is_narrow:
+            if not is_plain or len(active) != 1 or self.lora_variant or not is_narrow:
                 plain: Tensor = super().forward(x, *args, **kwargs)
                 return plain
             (name,) = active
